@@ -1,0 +1,1 @@
+"""The contract between recording and rebroadcasting: what a store holds, and how its bytes are checked."""
