@@ -1,0 +1,243 @@
+"""Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
+
+Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is renamed or
+appended to. A put is atomic, so a killed process leaves an object whole or absent; files are not fsynced, so after a
+power loss the digests tell what is missing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+from urllib.parse import urlsplit
+
+import braceexpand
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, MemoryStore, from_url
+from zarr.storage import ObjectStore
+
+from storage_schemas.errors import DataDamage, UserError
+
+REMOTE_SCHEMES = ("s3", "gs")
+
+_memory: dict[str, MemoryStore] = {}
+
+
+class Objects:
+    """The objects below one URL. Paths are relative, with `/`. `root` is the folder if they are local files."""
+
+    def __init__(self, url: str, store: Any, root: Path | None = None) -> None:
+        self.url = url
+        self.root = root
+        self._store = store
+
+    def get(self, path: str) -> bytes:
+        """The whole object; FileNotFoundError if there is none."""
+        return bytes(obstore.get(self._store, path).bytes())
+
+    def get_ranges(self, path: str, starts: Sequence[int], nbytes: int) -> list[Any]:
+        """Buffers of `nbytes` bytes from each start (shorter where the object ends), adjacent ones in one request."""
+        return list(obstore.get_ranges(self._store, path, starts=starts, lengths=[nbytes] * len(starts)))
+
+    def put(self, path: str, data: Any) -> None:
+        """Write a whole object from anything with the buffer protocol."""
+        obstore.put(self._store, path, data)
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Write, unless there is such an object already; says whether this call wrote it.
+
+        False does not mean that another writer won: the answer to an earlier try may have been lost. Read back.
+        """
+        try:
+            obstore.put(self._store, path, data, mode="create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """The object in pieces of a few MiB."""
+        yield from (bytes(piece) for piece in obstore.get(self._store, path).stream(min_chunk_size=4 << 20))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, None if there is none."""
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        """(path, bytes) of every object below a folder, sorted."""
+        found = obstore.list(self._store, prefix or None).collect()
+        return sorted((entry["path"], int(entry["size"])) for entry in found)
+
+    def names(self, folder: str = "") -> tuple[list[str], list[str]]:
+        """Names of (folders, objects) directly in a folder, sorted."""
+        found = obstore.list_with_delimiter(self._store, folder or None)
+        folders = sorted(path.rsplit("/", 1)[-1] for path in found["common_prefixes"])
+        return folders, sorted(entry["path"].rsplit("/", 1)[-1] for entry in found["objects"])
+
+    def modified(self, folder: str) -> float:
+        """Unix time of the newest object below a folder; 0 if there is none."""
+        found = obstore.list(self._store, folder).collect()
+        return max((entry["last_modified"].timestamp() for entry in found), default=0.0)
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove all objects below a folder."""
+        paths = [path for path, _ in self.list(folder)]
+        if paths:
+            obstore.delete(self._store, paths)
+        if self.root is not None:
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def zarr(self, *, read_only: bool) -> ObjectStore[Any]:
+        """The same objects as Zarr sees them."""
+        return ObjectStore(self._store, read_only=read_only)
+
+    def free_bytes(self) -> int | None:
+        """Free space of the local file system that holds the objects; None where there is no such limit."""
+        if self.root is None:
+            return None
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def open_objects(url: str, *, create: bool = False) -> Objects:
+    """The objects below a local path, or a file://, s3://, gs:// or memory:// URL."""
+    parts = urlsplit(url)
+    if parts.scheme in ("", "file"):
+        root = Path(parts.path if parts.scheme else url).absolute()
+        if create:
+            root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            raise UserError(f"url: {url!r} is no folder")
+        return Objects(url, LocalStore(root), root)
+    if parts.scheme == "memory":
+        return Objects(url, _memory.setdefault(url.rstrip("/"), MemoryStore()))
+    if parts.scheme in REMOTE_SCHEMES:
+        try:
+            return Objects(url, from_url(url))  # type: ignore[call-overload]
+        except BaseError as error:
+            raise UserError(f"url: {url!r} cannot be opened: {str(error).splitlines()[0]}") from error
+    raise UserError(f"url: {url!r} has scheme {parts.scheme!r}; use a local path, file://, s3://, gs:// or memory://")
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The folder and the name of an object's URL."""
+    folder, separator, name = url.rpartition("/")
+    return (folder or ("/" if separator else "."), name)
+
+
+def shard_name(url: str) -> str:
+    """The name of a source shard: its tar's, without `.tar`."""
+    return split_url(url)[1].removesuffix(".tar")
+
+
+def expand_shards(patterns: Sequence[str], field: str = "data") -> dict[str, str]:
+    """Source shards by name, sorted, from URLs with globs in the last part (`*`, `?`, `[]`) and braces (`{00..99}`)."""
+    found: dict[str, str] = {}
+    for url in (url for pattern in patterns for url in _expand(pattern, field)):
+        name = shard_name(url)
+        if not name or not set(name) <= _NAME_CHARACTERS or name.startswith("."):
+            raise UserError(f"{field}: shard name {name!r} may hold only letters, digits, '.', '_' and '-': rename it")
+        if found.setdefault(name, url) != url:
+            raise UserError(f"{field}: {found[name]!r} and {url!r} have the same name {name!r}: rename one")
+    return dict(sorted(found.items()))
+
+
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def _expand(pattern: str, field: str) -> Iterator[str]:
+    for url in braceexpand.braceexpand(pattern):
+        folder, name = split_url(url)
+        if not name.endswith(".tar"):
+            raise UserError(f"{field}: {url!r} does not name a .tar file")
+        objects = open_objects(folder)
+        names = fnmatch.filter(objects.names()[1], name) if set(name) & set("*?[") else [name]
+        if not names or objects.size(names[0]) is None:
+            raise UserError(f"{field}: {url!r} matches no tar")
+        yield from (f"{folder.rstrip('/')}/{name}" for name in names)
+
+
+@contextmanager
+def local_file(url: str) -> Iterator[Path]:
+    """A path to the object's bytes: the file itself if it is local, else a temporary copy, removed at the end."""
+    folder, name = split_url(url)
+    objects = open_objects(folder)
+    if objects.root is not None:
+        yield objects.root / name
+        return
+    with NamedTemporaryFile(suffix=f"-{name}") as copy:
+        for piece in objects.stream(name):
+            copy.write(piece)
+        copy.flush()
+        yield Path(copy.name)
+
+
+class RangeReader:
+    """Reads one object by ranges; a local file through its descriptor, straight into the caller's memory.
+
+    Safe to use from several threads. A file that is replaced while it is open goes on being read as it was.
+    """
+
+    def __init__(self, objects: Objects, path: str) -> None:
+        self._objects = objects
+        self._path = path
+        self._descriptor = -1
+        if objects.root is not None:
+            self._descriptor = os.open(objects.root / path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def size(self) -> int:
+        """Bytes of the object."""
+        if self._descriptor >= 0:
+            return os.fstat(self._descriptor).st_size
+        size = self._objects.size(self._path)
+        if size is None:
+            raise FileNotFoundError(self._path)
+        return size
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `start`; DataDamage where the object ends before."""
+        if self._descriptor >= 0:
+            data = os.pread(self._descriptor, nbytes, start)
+        else:
+            data = bytes(self._objects.get_ranges(self._path, [start], nbytes)[0])
+        if len(data) != nbytes:
+            raise DataDamage(f"{self._objects.url}/{self._path}: ends at byte {start + len(data)}, not {start + nbytes}")
+        return data
+
+    def read_records(self, starts: Sequence[int], targets: Sequence[Any], trailers: Sequence[Any]) -> None:
+        """Fill targets[i] and then trailers[i] (equal sizes for all i) with the bytes from starts[i] on."""
+        body, tail = len(memoryview(targets[0]).cast("B")), len(memoryview(trailers[0]).cast("B"))
+        if self._descriptor >= 0:
+            done = [os.preadv(self._descriptor, pair[1:], pair[0]) for pair in zip(starts, targets, trailers, strict=True)]
+        else:
+            done = []
+            buffers = self._objects.get_ranges(self._path, starts, body + tail)
+            for buffer, target, trailer in zip(buffers, targets, trailers, strict=True):
+                view = memoryview(buffer)
+                done.append(len(view))
+                if len(view) == body + tail:
+                    memoryview(target).cast("B")[:] = view[:body]
+                    memoryview(trailer).cast("B")[:] = view[body:]
+        for start, count in zip(starts, done, strict=True):
+            if count != body + tail:
+                raise DataDamage(f"{self._objects.url}/{self._path}: {count} of {body + tail} bytes at {start}")
+
+    def close(self) -> None:
+        """Let go of the file descriptor, if there is one."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
