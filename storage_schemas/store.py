@@ -1,0 +1,245 @@
+"""FeatureStore: create, open, list, read and verify a store. The only place that builds a path inside one.
+
+    <store>/manifest.json                               StoreManifest
+    <store>/views/<shard>.parquet                       one row a view
+    <store>/teachers/<teacher>/spec.json                TeacherSpec
+    <store>/teachers/<teacher>/parts/<shard>.<attempt>/ a Zarr v3 group
+    <store>/teachers/<teacher>/commits/<shard>.json     names the one attempt that counts
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import sha256
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from storage_schemas.commits import Commit, ObjectDigest, read_commit, write_commit
+from storage_schemas.errors import DataDamage, UserError
+from storage_schemas.features import Moments
+from storage_schemas.manifest import (
+    SCHEMA_VERSION,
+    StoreManifest,
+    TeacherSpec,
+    canonical_json,
+    require_same,
+)
+from storage_schemas.objects import Objects, open_objects
+from storage_schemas.parts import Part
+from storage_schemas.views import decode_views, encode_views
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class FeatureStore:
+    """A store at a URL (a folder, s3://, gs:// or memory://). Nothing in it changes once it is committed."""
+
+    def __init__(self, objects: Objects, manifest: StoreManifest) -> None:
+        self.objects = objects
+        self.manifest = manifest
+        self._specs: dict[str, TeacherSpec] = {}
+        self._views = lru_cache(maxsize=64)(self._read_views)
+
+    @classmethod
+    def create(cls, url: str, manifest: StoreManifest) -> FeatureStore:
+        """Open the store, making it if there is none; UserError if there is one with another manifest."""
+        objects = open_objects(url, create=True)
+        objects.put_if_absent("manifest.json", canonical_json(manifest.model_dump(mode="json")))
+        store = cls.open(url)
+        require_same(f"store {url!r}", store.manifest, manifest)
+        return store
+
+    @classmethod
+    def open(cls, url: str) -> FeatureStore:
+        """Open a store that exists; UserError if there is none or if its schema is of another version."""
+        objects = open_objects(url)
+        try:
+            data = objects.get("manifest.json")
+        except FileNotFoundError as error:
+            raise UserError(f"store: {url!r} holds no manifest.json; record into it with `rebroadcast extract`") from error
+        return cls(objects, _parse_manifest(data, url))
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self.objects.url
+
+    def teachers(self) -> list[str]:
+        """Names of the recorded teachers, sorted."""
+        return self.objects.names("teachers")[0]
+
+    def shards(self, teacher: str) -> list[str]:
+        """Names of the source shards committed for a teacher, sorted."""
+        names = self.objects.names(f"teachers/{self._known(teacher)}/commits")[1]
+        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+    def spec(self, teacher: str) -> TeacherSpec:
+        """What is known of a teacher; UserError naming those there are if it is not one of them."""
+        if teacher not in self._specs:
+            try:
+                data = self.objects.get(f"teachers/{teacher}/spec.json")
+            except FileNotFoundError as error:
+                there = ", ".join(self.teachers()) or "none"
+                raise UserError(f"teacher: {teacher!r} is not in store {self.url!r}; there: {there}") from error
+            self._specs[teacher] = _parse(TeacherSpec, data, f"{self.url}/teachers/{teacher}/spec.json")
+        return self._specs[teacher]
+
+    def add_teacher(self, spec: TeacherSpec) -> None:
+        """Register a teacher; UserError, naming the fields, if its name stands for another fingerprint."""
+        data = canonical_json(spec.model_dump(mode="json"))
+        self.objects.put_if_absent(f"teachers/{spec.name}/spec.json", data)
+        stored = self.spec(spec.name)
+        require_same(f"teacher {spec.name!r} in store {self.url!r}", stored, spec, ignore=frozenset({"weights"}))
+
+    def commit(self, teacher: str, shard: str) -> Commit:
+        """The record that makes a part count; UserError if the shard is not committed for the teacher."""
+        try:
+            commit = read_commit(self.objects, self._commit_path(self._known(teacher), shard))
+        except FileNotFoundError as error:
+            raise UserError(f"shard: {shard!r} is not recorded for teacher {teacher!r} in {self.url!r}") from error
+        if (commit.teacher, commit.shard) != (teacher, shard):
+            raise DataDamage(f"commit of shard {shard!r}, teacher {teacher!r} names {commit.shard!r}, {commit.teacher!r}")
+        if commit.fingerprint != self.spec(teacher).fingerprint:
+            raise DataDamage(f"shard {shard!r}, teacher {teacher!r}: commit has fingerprint {commit.fingerprint}")
+        return commit
+
+    def write_commit(self, commit: Commit) -> bool:
+        """Make an attempt count. False if another attempt already does; then this one is garbage."""
+        return write_commit(self.objects, self._commit_path(commit.teacher, commit.shard), commit)
+
+    def part_path(self, teacher: str, shard: str, attempt: str) -> str:
+        """Where an attempt's Zarr group is, below the store."""
+        return f"teachers/{teacher}/parts/{shard}.{attempt}"
+
+    def part(self, teacher: str, shard: str) -> Part:
+        """The committed part of a shard."""
+        commit = self.commit(teacher, shard)
+        path = self.part_path(teacher, shard, commit.attempt)
+        return Part(self.objects, path, self.spec(teacher), commit)
+
+    def views(self, shard: str) -> pa.Table:
+        """The view table of a shard, VIEW_SCHEMA; UserError if there is none."""
+        return self._views(shard)[0]
+
+    def views_sha256(self, shard: str) -> str:
+        """SHA-256 of a shard's view table as it lies in the store."""
+        return self._views(shard)[1]
+
+    def _read_views(self, shard: str) -> tuple[pa.Table, str]:
+        try:
+            data = self.objects.get(f"views/{shard}.parquet")
+        except FileNotFoundError as error:
+            raise UserError(f"shard: {shard!r} has no view table in {self.url!r}") from error
+        return decode_views(data, shard), sha256(data).hexdigest()
+
+    def put_views(self, shard: str, table: pa.Table) -> str:
+        """Store a view table, or check that the stored one is equal; its SHA-256. UserError names a row that differs."""
+        self.objects.put_if_absent(f"views/{shard}.parquet", encode_views(table))
+        stored, digest = self._read_views(shard)
+        if not stored.equals(table):
+            raise UserError(f"shard: {shard!r} {_first_difference(stored, table)}; it was recorded from another tar")
+        return digest
+
+    def moments(self, teacher: str) -> dict[str, Moments]:
+        """Moments of `summary` and of `spatial` (a sample of tokens) over all committed parts of a teacher."""
+        parts = [self.part(teacher, shard).moments() for shard in self.shards(teacher)]
+        if not parts:
+            raise UserError(f"teacher: {teacher!r} has no recorded shard in {self.url!r}")
+        return {name: Moments.merge(part[name] for part in parts) for name in ("summary", "spatial")}
+
+    def verify(self, teacher: str, shard: str) -> list[str]:
+        """Every digest and row count of one commit; one line for each thing that does not hold."""
+        try:
+            commit = self.commit(teacher, shard)
+            problems = self._verify_views(commit)
+            problems += [line for entry in commit.objects for line in self._verify_object(commit, entry)]
+            return problems or self._verify_rows(commit)
+        except (DataDamage, UserError) as error:
+            return [str(error)]
+
+    def _verify_views(self, commit: Commit) -> list[str]:
+        where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
+        table, digest = self._read_views(commit.shard)
+        if digest != commit.views_sha256:
+            return [f"{where} view table has sha256 {digest}, committed {commit.views_sha256}"]
+        if len(table) != commit.rows:
+            return [f"{where} view table has {len(table)} rows, committed {commit.rows}"]
+        return []
+
+    def _verify_object(self, commit: Commit, entry: ObjectDigest) -> Iterator[str]:
+        path = f"{self.part_path(commit.teacher, commit.shard, commit.attempt)}/{entry.path}"
+        where = f"shard {commit.shard!r}, teacher {commit.teacher!r}: object {path!r}"
+        try:
+            found = digest_object(self.objects, path)
+        except FileNotFoundError:
+            yield f"{where} is missing"
+            return
+        if found != (entry.size, entry.sha256):
+            yield f"{where} has {found[0]} bytes, sha256 {found[1]}; committed {entry.size}, {entry.sha256}"
+
+    def _verify_rows(self, commit: Commit) -> list[str]:
+        path = self.part_path(commit.teacher, commit.shard, commit.attempt)
+        part = Part(self.objects, path, self.spec(commit.teacher), commit)
+        invalid = np.flatnonzero(~np.asarray(part.valid[...], dtype=bool))
+        shapes = (part.valid.shape[0], part.summary.shape[0], part.spatial.shape[0])
+        if set(shapes) != {commit.rows} or tuple(invalid.tolist()) != commit.invalid_rows:
+            where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
+            return [f"{where} arrays of {shapes} rows, {len(invalid)} invalid; committed {commit.rows}, {len(commit.invalid_rows)}"]
+        return []
+
+    def garbage(self, older_than: float = 0) -> list[str]:
+        """Folders of attempts that no commit names, none of whose objects is younger than `older_than` seconds."""
+        found = []
+        for teacher in self.teachers():
+            attempts = self.objects.names(f"teachers/{teacher}/parts")[0]
+            kept = {f"{shard}.{self.commit(teacher, shard).attempt}" for shard in self.shards(teacher)}
+            found += [f"teachers/{teacher}/parts/{name}" for name in attempts if name not in kept]
+        return [path for path in found if time.time() - self.objects.modified(path) >= older_than]
+
+    def _known(self, teacher: str) -> str:
+        return self.spec(teacher).name
+
+    def _commit_path(self, teacher: str, shard: str) -> str:
+        return f"teachers/{teacher}/commits/{shard}.json"
+
+
+def digest_object(objects: Objects, path: str) -> tuple[int, str]:
+    """(size, SHA-256) of an object as it reads back; FileNotFoundError if there is none."""
+    digest, size = sha256(), 0
+    for piece in objects.stream(path):
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()
+
+
+def _parse_manifest(data: bytes, url: str) -> StoreManifest:
+    manifest = _parse(StoreManifest, data, f"{url}/manifest.json")
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"store: {url!r} has schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}; "
+            f"use the release that wrote it, or record anew"
+        )
+    return manifest
+
+
+def _parse(model: type[Model], data: bytes, where: str) -> Model:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataDamage(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _first_difference(stored: pa.Table, given: pa.Table) -> str:
+    if len(stored) != len(given):
+        return f"has {len(stored)} views in the store and {len(given)} in the tar"
+    for row, (old, new) in enumerate(zip(stored.to_pylist(), given.to_pylist(), strict=True)):
+        for name in old:
+            if old[name] != new.get(name):
+                return f"differs at row {row}, {name}: stored {old[name]!r}, now {new.get(name)!r}"
+    return f"has other columns: stored {stored.schema.names}, now {given.schema.names}"
