@@ -1,11 +1,12 @@
 """From an image's bytes to the pixels of one view: the only code that does so, used by both halves.
 
-Decoders and resizers differ by several levels, so a stored feature fits the pixels that this module makes and no others;
-`manifest.PIXELS` names them. Sizes are read from the header by hand, for an image must be refused before anything
-allocates its pixels, and because Pillow reports bombs and odd metadata through process-wide warnings.
+Decoders and resizers differ by several levels, so a stored feature fits the pixels that this module makes and
+no others; `manifest.PIXELS` names them. Sizes are read from the header by hand, for an image must be refused
+before anything allocates its pixels, and because Pillow reports bombs through process-wide warnings.
 
-JPEG and WebP go through torchvision. PNG, where every sound decoder agrees to the bit, goes through Pillow, stripped to
-its pixels and with its checksums checked first: torchvision's libpng ends the whole process on a damaged file.
+JPEG and WebP go through torchvision. PNG, where every sound decoder agrees to the bit, goes through Pillow,
+stripped to its pixels and with its checksums checked first: torchvision's libpng ends the whole process on a
+damaged file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SOURCE_LINE = re.compile(r"^.*?\.(?:cpp|h):\d+, ")
 
 
 class ImageError(Exception):
-    """An image that gives no pixels: `status` says which kind of failure, the message is the same on every machine."""
+    """An image that gives no pixels: `status` says why, and the message is the same on every machine."""
 
     def __init__(self, status: ViewStatus, message: str) -> None:
         super().__init__(message)
@@ -42,7 +43,7 @@ class ImageError(Exception):
 
 
 def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Height and width that the header promises, undecoded; ImageError where it is unreadable or promises too much."""
+    """Height and width from the header, undecoded; ImageError where it is unreadable or promises too much."""
     try:
         height, width = _header_size(data)
     except (struct.error, IndexError) as error:
@@ -50,9 +51,8 @@ def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ImageError(ViewStatus.UNDECODABLE, f"the header says {height}x{width} pixels")
     if height * width > max_pixels:
-        raise ImageError(
-            ViewStatus.TOO_LARGE, f"the header says {height}x{width} pixels, more than max_pixels {max_pixels}"
-        )
+        message = f"the header says {height}x{width} pixels, more than max_pixels {max_pixels}"
+        raise ImageError(ViewStatus.TOO_LARGE, message)
     return height, width
 
 
@@ -65,12 +65,13 @@ def decode(data: bytes, max_pixels: int) -> torch.Tensor:
     image = _decode_png(data) if data.startswith(_PNG) else _decode_torchvision(data)  # 3 height width
     if image.shape != (3, *size) or image.dtype != torch.uint8:
         found = "x".join(str(side) for side in image.shape)
-        raise ImageError(ViewStatus.UNDECODABLE, f"the header says {size[0]}x{size[1]} pixels, decoding gave {found}")
+        message = f"the header says {size[0]}x{size[1]} pixels, decoding gave {found}"
+        raise ImageError(ViewStatus.UNDECODABLE, message)
     return image
 
 
 def cut(image: torch.Tensor, box: CropBox, height: int, width: int) -> torch.Tensor:
-    """The view `box` of `image` (uint8, 3 rows columns) at `height` by `width`: crop, one resize, then mirror.
+    """The view `box` of `image` (uint8 3 rows columns) at `height` by `width`: crop, one resize, mirror.
 
     Antialiased bicubic on uint8. Nothing outside the box has any weight.
     """
@@ -87,7 +88,7 @@ def _decode_torchvision(data: bytes) -> torch.Tensor:
     # A copy, because torch warns of a tensor over read-only bytes; it costs a hundredth of the decoding.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        # The operator itself: its Python wrapper, torchvision.io.decode_image, warns at every call since 0.29.
+        # The operator itself: its wrapper, torchvision.io.decode_image, warns at every call since 0.29.
         image: torch.Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
     except RuntimeError as error:
         raise ImageError(ViewStatus.UNDECODABLE, _first_line(error)) from error
@@ -110,15 +111,16 @@ def _decode_png(data: bytes) -> torch.Tensor:
 
 def _png_pixel_chunks(data: bytes) -> bytes:
     """The PNG without its metadata, every checksum of what remains checked up to the end chunk."""
-    position, kept = len(_PNG), [_PNG]
-    view = memoryview(data)
+    position, view = len(_PNG), memoryview(data)
+    kept: list[bytes | memoryview] = [_PNG]
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if kind in _PNG_PIXELS:
-            if end > len(data) or zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end]):
+            chunk, checksum = view[position : end - 4], view[end - 4 : end]
+            if end > len(data) or zlib.crc32(chunk[4:]) != int.from_bytes(checksum):
                 raise ImageError(ViewStatus.UNDECODABLE, f"the PNG's {kind.decode()} chunk is damaged")
-            kept.append(view[position:end])
+            kept += [chunk, checksum]
             if kind == b"IEND":
                 return b"".join(kept)
         position = end

@@ -1,0 +1,1 @@
+"""Records teachers: source shards in, committed parts of a store out."""
