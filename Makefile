@@ -32,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ". Name another with: make PYTHON=python3.12")'
 	@echo 'Installing into .venv (PyTorch is large: some minutes the first time)'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch torchvision -e '.[ray,demo,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch torchvision -e '.[ray,demo,dev]'
 	@touch $@

@@ -29,7 +29,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture
 def write_tar() -> WriteTar:
-    """`write_tar(path, [{"__key__": "a", "jpg": b"...", "txt": "a cat", "cls": 3}])` writes a webdataset shard."""
+    """`write_tar(path, [{"__key__": "a", "jpg": b"...", "txt": "cat", "cls": 3}])` writes a shard."""
     return _write_tar
 
 

@@ -1,0 +1,293 @@
+"""The demo's report: one HTML page that needs no other file and no network, from one frozen value.
+
+Nothing is computed here but ratios of the numbers given. Every string that is not ours is escaped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from storage_schemas.manifest import TeacherSpec
+from trainer.evaluation import report_words as words
+from trainer.evaluation.figures import Curve, Pixels, data_uri, line_chart
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A view as the student saw it, and the name of its photograph."""
+
+    name: str
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Spatial distance to one teacher on held-out views: of the student before and after training, and of the
+    mean predictor, which answers every patch with the teacher's mean feature over the training views."""
+
+    teacher: str
+    before: float
+    after: float
+    mean_predictor: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMaps:
+    """One teacher's features of a view and the student's prediction of them, both through `pca_rgb`."""
+
+    teacher: str
+    recorded: Pixels
+    predicted: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One held-out view with the maps of every teacher."""
+
+    view: Picture
+    maps: Sequence[FeatureMaps]
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A photograph found, and the cosine similarity of its summary to the query's."""
+
+    view: Picture
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The training photographs most like a held-out one, by a teacher's summary and by the student's of it.
+
+    candidates: how many photographs there were to choose from.
+    """
+
+    query: Picture
+    teacher: str
+    candidates: int
+    by_teacher: Sequence[Neighbour]
+    by_student: Sequence[Neighbour]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the run took. `stored_bytes` is by teacher, `seconds` by stage, rates are views a second."""
+
+    stored_bytes: Mapping[str, int]
+    seconds: Mapping[str, float]
+    extract_rate: float
+    train_rate: float
+    trained_views: int
+    student_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything the page shows. `photographs` and `views` are of training unless they say `held_out_`.
+
+    curves: loss at each step. `total` stands in a chart of its own, the others share one.
+    """
+
+    photographs: int
+    held_out_photographs: int
+    views: int
+    held_out_views: int
+    teachers: Sequence[TeacherSpec]
+    student: str
+    curves: Mapping[str, Curve]
+    distances: Sequence[Distance]
+    panels: Sequence[Panel]
+    neighbours: Sequence[Neighbours]
+    costs: Costs
+
+
+def write_report(report: DemoReport, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(render(report), encoding="utf-8")
+    partial.replace(path)
+
+
+def render(report: DemoReport) -> str:
+    """The page."""
+    sections = [
+        _section("What was done", words.WHAT, _facts(report), _teachers(report.teachers)),
+        _section("Does the student predict the teachers?", words.DISTANCE, _distances(report.distances)),
+        _section("How the loss fell", words.LOSS, _charts(report.curves)),
+        _section("What teacher and student see", words.PANELS, *map(_panel, report.panels)),
+        _section("Which photographs look alike", words.NEIGHBOURS, *map(_neighbours, report.neighbours)),
+        _section("What it cost", words.COSTS.format_map(_saving(report)), _costs(report)),
+        _section("What this run cannot show", words.LIMITS.format(photographs=report.photographs)),
+    ]
+    return words.PAGE.format(css=words.CSS, head=_head(report), sections="".join(sections))
+
+
+def _head(report: DemoReport) -> str:
+    changes = [f"{_change(d.before, d.after)} for {escape(d.teacher)}" for d in report.distances]
+    beaten = sum(d.after < d.mean_predictor for d in report.distances)
+    return words.HEAD.format(
+        teachers=len(report.teachers), changes=" and ".join(changes), beaten=beaten, of=len(report.distances)
+    )
+
+
+def _section(title: str, text: str, *body: str) -> str:
+    return f"<section><h2>{title}</h2><p>{text}</p>{''.join(body)}</section>"
+
+
+def _facts(report: DemoReport) -> str:
+    costs = report.costs
+    return _tiles(
+        ("photographs", f"{report.photographs} + {report.held_out_photographs}", "training + held out"),
+        ("views recorded", f"{report.views:,} + {report.held_out_views:,}", "training + held out"),
+        ("student", escape(report.student), f"{costs.student_parameters / 1e6:.1f} M parameters"),
+        ("from start to report", _seconds(sum(costs.seconds.values())), "wall clock"),
+    )
+
+
+def _tiles(*tiles: tuple[str, str, str]) -> str:
+    cells = (
+        f"<div><dt>{label}</dt><dd>{value}<small>{note}</small></dd></div>" for label, value, note in tiles
+    )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _teachers(specs: Sequence[TeacherSpec]) -> str:
+    head = ("teacher", "model", "input pixels", "patch grid", "summary", "spatial", "codec")
+    rows = [
+        (
+            escape(spec.name),
+            escape(spec.model),
+            f"{spec.height} × {spec.width}",
+            f"{spec.grid.height} × {spec.grid.width}",
+            f"{spec.summary_dim:,}",
+            f"{spec.spatial_dim:,}",
+            spec.codec,
+        )
+        for spec in specs
+    ]
+    return _table(head, rows)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _distances(distances: Sequence[Distance]) -> str:
+    longest = max((v for d in distances for v in (d.before, d.after, d.mean_predictor)), default=1.0)
+    return f'<div class="pair">{"".join(_distance(distance, longest) for distance in distances)}</div>'
+
+
+def _distance(distance: Distance, longest: float) -> str:
+    bars = (
+        ("untrained student", distance.before, "bar"),
+        ("constant answer", distance.mean_predictor, "bar"),
+        ("trained student", distance.after, "bar ours"),
+    )
+    rows = "".join(
+        f'<div class="{kind}"><span>{label}</span><i><b style="width:{100 * value / longest:.1f}%"></b></i>'
+        f"<span>{value:.4f}</span></div>"
+        for label, value, kind in bars
+    )
+    return (
+        f"<figure><h3>{escape(distance.teacher)}</h3>{rows}"
+        f"<figcaption>{_change(distance.before, distance.after)} from the untrained student, "
+        f"{_change(distance.mean_predictor, distance.after)} from the constant answer</figcaption></figure>"
+    )
+
+
+def _charts(curves: Mapping[str, Curve]) -> str:
+    total = {name: curve for name, curve in curves.items() if name == "total"}
+    parts = {name: curve for name, curve in curves.items() if name != "total"}
+    charts = [
+        line_chart(title, chosen) for title, chosen in (("Total", total), ("Its parts", parts)) if chosen
+    ]
+    return f'<div class="pair">{"".join(charts)}</div>'
+
+
+def _panel(panel: Panel) -> str:
+    maps = "".join(
+        _picture(
+            Picture(f"{m.teacher}'s features of {panel.view.name}", m.recorded), f"{m.teacher}, recorded"
+        )
+        + _picture(
+            Picture(f"the student's prediction of {m.teacher}", m.predicted), f"{m.teacher}, predicted"
+        )
+        for m in panel.maps
+    )
+    view = _picture(panel.view, panel.view.name)
+    return f'<div class="panel" style="--teachers:{max(1, len(panel.maps))}">{view}{maps}</div>'
+
+
+def _neighbours(found: Neighbours) -> str:
+    shared = {n.view.name for n in found.by_teacher} & {n.view.name for n in found.by_student}
+    by_chance = len(found.by_teacher) * len(found.by_student) / max(1, found.candidates)
+    return (
+        f'<div class="neighbours">{_picture(found.query, found.query.name)}<div>'
+        f"<h3>Nearest by {escape(found.teacher)}</h3>{_strip(found.by_teacher, shared)}"
+        f"<h3>Nearest by the student</h3>{_strip(found.by_student, shared)}"
+        f"<small>{len(shared)} of {len(found.by_student)} in common; picking blindly among the "
+        f"{found.candidates} photographs would give {by_chance:.1f}.</small></div></div>"
+    )
+
+
+def _strip(found: Sequence[Neighbour], shared: set[str]) -> str:
+    pictures = (
+        _picture(
+            n.view,
+            f"{n.similarity:.2f} {n.view.name}",
+            "picture shared" if n.view.name in shared else "picture",
+        )
+        for n in found
+    )
+    return f'<div class="strip">{"".join(pictures)}</div>'
+
+
+def _picture(picture: Picture, caption: str, kind: str = "picture") -> str:
+    image = f'<img src="{data_uri(picture.pixels)}" alt="{escape(picture.name)}">'
+    return f'<figure class="{kind}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _saving(report: DemoReport) -> dict[str, str]:
+    costs = report.costs
+    return {
+        "recorded": f"{report.views:,}",
+        "trained": f"{costs.trained_views:,}",
+        "ratio": f"{costs.trained_views / max(1, report.views):.1f}",
+        "seconds": _seconds(costs.trained_views / costs.extract_rate),
+    }
+
+
+def _costs(report: DemoReport) -> str:
+    costs, rows = report.costs, report.views + report.held_out_views
+    stored = {**costs.stored_bytes, "together": sum(costs.stored_bytes.values())}
+    tiles = _tiles(
+        ("recording", f"{costs.extract_rate:,.1f}", "views a second, all teachers"),
+        ("training", f"{costs.train_rate:,.1f}", "views a second"),
+        *((escape(stage), _seconds(seconds), "wall clock") for stage, seconds in costs.seconds.items()),
+    )
+    lines = [(escape(name), _bytes(size), _bytes(size / rows)) for name, size in stored.items()]
+    return tiles + _table(("teacher", "stored", "a view"), lines)
+
+
+def _change(old: float, new: float) -> str:
+    """`−48 %`, with a real minus sign."""
+    return f"{100 * (new - old) / old:+.0f} %".replace("-", "−") if old else "from zero"
+
+
+def _bytes(size: float) -> str:
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = sum(size >= 1000**i for i in range(1, len(units)))
+    return f"{size / 1000**power:.1f} {units[power]}" if power else f"{size:.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
