@@ -101,9 +101,10 @@ def _ticks(top: float, count: int) -> list[float]:
 
 
 def _running_mean(curve: Curve) -> list[tuple[int, float]]:
-    width = max(1, len(curve) // 15)
+    """Over a fifteenth of the curve, centred; narrower towards its ends."""
+    half = len(curve) // 30
     values = np.array([y for _, y in curve])
-    return [(x, float(values[max(0, i + 1 - width) : i + 1].mean())) for i, (x, _) in enumerate(curve)]
+    return [(x, float(values[max(0, i - half) : i + half + 1].mean())) for i, (x, _) in enumerate(curve)]
 
 
 def _place(curve: Curve, last: int, top: float) -> str:

@@ -267,14 +267,16 @@ def _saving(report: DemoReport) -> dict[str, str]:
 
 def _costs(report: DemoReport) -> str:
     costs, rows = report.costs, report.views + report.held_out_views
-    stored = {**costs.stored_bytes, "together": sum(costs.stored_bytes.values())}
-    tiles = _tiles(
-        ("recording", f"{costs.extract_rate:,.1f}", "views a second, all teachers"),
-        ("training", f"{costs.train_rate:,.1f}", "views a second"),
-        *((escape(stage), _seconds(seconds), "wall clock") for stage, seconds in costs.seconds.items()),
+    total = sum(costs.stored_bytes.values())
+    rates = _tiles(
+        ("recording rate", f"{costs.extract_rate:,.1f}", "views a second, all teachers"),
+        ("training rate", f"{costs.train_rate:,.1f}", "views a second"),
+        ("stored", _bytes(total), "by all teachers"),
+        ("stored for a view", _bytes(total / rows), "by all teachers"),
     )
-    lines = [(escape(name), _bytes(size), _bytes(size / rows)) for name, size in stored.items()]
-    return tiles + _table(("teacher", "stored", "a view"), lines)
+    stages = _tiles(*((escape(stage), _seconds(took), "wall clock") for stage, took in costs.seconds.items()))
+    lines = [(escape(name), _bytes(size), _bytes(size / rows)) for name, size in costs.stored_bytes.items()]
+    return rates + stages + _table(("teacher", "stored", "for a view"), lines)
 
 
 def _change(old: float, new: float) -> str:

@@ -85,7 +85,7 @@ header p:first-child { margin: 0 0 14px; font-size: 14px; font-weight: 600; colo
 section { border-top: 1px solid var(--line); padding-top: 28px; margin-top: 44px; }
 figure { margin: 0 0 24px; }
 figcaption, small { color: var(--soft); font-size: 13px; line-height: 1.4; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 0 0
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 0 0
   24px; }
 .tiles div { background: var(--tile); border-radius: 8px; padding: 14px 16px; }
 dt { color: var(--soft); font-size: 13px; }
@@ -96,7 +96,7 @@ dd small { display: block; font-weight: 400; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 400; font-size: 13px; color: var(--soft); }
 th, td { padding: 8px 18px 8px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-.bar { display: grid; grid-template-columns: 140px 1fr 56px; gap: 12px; align-items: center; font-size: 15px;
+.bar { display: grid; grid-template-columns: 140px 1fr 62px; gap: 12px; align-items: center; font-size: 15px;
   line-height: 1.9; font-variant-numeric: tabular-nums; }
 .bar i { height: 14px; background: var(--tile); border-radius: 3px; }
 .bar i b { display: block; height: 100%; min-width: 2px; background: var(--soft); border-radius: 3px; opacity:
@@ -121,8 +121,8 @@ polyline { stroke: var(--c); }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 7px; vertical-align: middle;
   background: var(--c); }
 .picture { margin: 0; min-width: 0; }
-.picture img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px;
-  image-rendering: pixelated; }
+.picture img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; }
+img[src^="data:image/png"] { image-rendering: pixelated; }
 .picture figcaption { margin-top: 4px; font-size: 12px; overflow-wrap: anywhere; }
 .panel { display: grid; grid-template-columns: repeat(calc(1 + 2 * var(--teachers)), 1fr); gap: 10px;
   margin-bottom: 20px; }
@@ -130,8 +130,9 @@ polyline { stroke: var(--c); }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, 140px); gap: 10px; margin-bottom: 14px; }
 .shared img { outline: 3px solid var(--accent); outline-offset: 1px; }
 @media (max-width: 640px) {
+  svg text { font-size: 15px; }
   main { padding: 32px 16px 56px; }
-  .bar { grid-template-columns: 126px 1fr 52px; gap: 8px; font-size: 14px; }
+  .bar { grid-template-columns: 126px 1fr 58px; gap: 8px; font-size: 14px; }
   .panel { grid-template-columns: 2fr 1fr 1fr; margin-bottom: 28px; }
   .panel > :first-child { grid-row: span var(--teachers); }
   .neighbours { grid-template-columns: 1fr; gap: 14px; }
