@@ -10,7 +10,9 @@ from storage_schemas.objects import Objects
 
 
 class ObjectDigest(Frozen):
-    """An object of a part: its path below the part, and the size and SHA-256 of what was read back after writing."""
+    """An object of a part: its path below the part, and the size and SHA-256 of what was read back after
+    writing.
+    """
 
     path: str
     size: int
@@ -28,8 +30,9 @@ class SourceTar(Frozen):
 class Commit(Frozen):
     """One teacher's features of one source shard count, and these objects are they.
 
-    invalid_rows: rows without features, because the image could not be read or the features were not finite in fp16.
-    fidelity: for a lossy codec, the mean and least cosine between the teacher's tokens and the stored ones.
+    invalid_rows: rows without features, because the image could not be read or the features were not finite
+    in fp16. fidelity: for a lossy codec, the mean and least cosine between the teacher's tokens and the
+    stored ones.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -43,7 +46,7 @@ class Commit(Frozen):
     objects: tuple[ObjectDigest, ...]
     fingerprint: str
     versions: dict[str, str]
-    fidelity: dict[str, float] = {}
+    fidelity: dict[str, float] = Field(default_factory=dict)
 
     @property
     def valid_rows(self) -> int:

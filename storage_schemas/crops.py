@@ -1,7 +1,7 @@
 """Which rectangle of an image a view shows, in integers of source pixels.
 
-A crop is drawn from a counter-based generator keyed by (store seed, digest of the image, view), so it does not
-depend on order, worker or machine. What is stored is the drawn box itself; nothing ever redraws it.
+A crop is drawn from a counter-based generator keyed by (store seed, digest of the image, view), so it does
+not depend on order, worker or machine. What is stored is the drawn box itself; nothing ever redraws it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 @dataclass(frozen=True, slots=True)
 class CropBox:
-    """Rows [top, top + height) and columns [left, left + width) of the source image; then a mirror, if hflip."""
+    """Rows [top, top + height) and columns [left, left + width) of the source; then a mirror, if hflip."""
 
     top: int
     left: int
@@ -29,7 +29,8 @@ class CropBox:
 class CropPolicy(BaseModel):
     """How views are cut from an image.
 
-    kind: `random_resized` is timm's RandomResizedCrop (AM-RADIO section 4.1: "random scale + cropping"), `center` the
+    kind: `random_resized` is timm's RandomResizedCrop (AM-RADIO section 4.1: "random scale + cropping"),
+    `center` the
         largest central square, `whole` the whole image, squashed to the model's resolution.
     scale: area of a random crop, as a fraction of the image's.
     ratio: width over height of a random crop, drawn log-uniformly.

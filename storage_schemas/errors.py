@@ -8,4 +8,6 @@ class UserError(ValueError):
 
 
 class DataDamage(RuntimeError):
-    """Bytes on disk are not what was recorded. The message names the shard, the row where there is one, and the digest."""
+    """Bytes on disk are not what was recorded. The message names the shard, the row where there is one, and
+    the digest.
+    """

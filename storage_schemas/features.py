@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-TOKENS_PER_VIEW = 4  # of each view's grid, for the moments: enough for a shard, and small beside a teacher's forward
+TOKENS_PER_VIEW = (
+    4  # of each view's grid, for the moments: enough for a shard, and small beside a teacher's forward
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +25,20 @@ class TeacherOutput:
 
 @dataclass(frozen=True, slots=True)
 class PackedFeatures:
-    """Features as they are stored. `summary` is fp16 b d; `spatial` fp16 b h w d, or int8 with `scale` fp16 b h w.
+    """Features as they are stored. `summary` is fp16 b d; `spatial` fp16 b h w d, or int8 with `scale` fp16 b
+    h w.
 
     A row that is not finite in fp16 is not `valid` (b,), and holds NaN.
     """
 
     summary: NDArray[np.float16]
-    spatial: NDArray[np.float16] | NDArray[np.int8]
+    spatial: NDArray[Any]
     scale: NDArray[np.float16] | None
     valid: NDArray[np.bool_]
+
+    def restored(self) -> NDArray[np.float16]:
+        """`spatial` as a reader will get it, fp16."""
+        return self.spatial if self.scale is None else dequantize(self.spatial, self.scale)
 
 
 def pack(output: TeacherOutput, codec: Literal["fp16", "int8"] = "fp16") -> PackedFeatures:
@@ -97,10 +104,14 @@ class Moments:
         return Moments(count, self.mean + b * delta, covariance)
 
 
-def sample_tokens(spatial: NDArray[np.floating], first_row: int) -> NDArray[np.floating]:
-    """TOKENS_PER_VIEW tokens (n d) of each grid of b h w d, at places that move on from row to row of the shard."""
+def sample_tokens(spatial: NDArray[np.float16], first_row: int) -> NDArray[np.float16]:
+    """TOKENS_PER_VIEW tokens (n d) of each grid of b h w d, at places that move on from row to row of the
+    shard.
+    """
     b, h, w, d = spatial.shape
     n = min(TOKENS_PER_VIEW, h * w)
     places = (np.arange(first_row, first_row + b)[:, None] * 7 + np.arange(n) * (h * w) // n) % (h * w)
-    tokens: NDArray[np.floating] = spatial.reshape(b, h * w, d)[np.arange(b)[:, None], places].reshape(b * n, d)
+    tokens: NDArray[np.float16] = spatial.reshape(b, h * w, d)[np.arange(b)[:, None], places].reshape(
+        b * n, d
+    )
     return tokens

@@ -37,9 +37,10 @@ class PatchGrid(Frozen):
 class TeacherSpec(Frozen):
     """Every fact about a recorded teacher. Nothing else in the project repeats one of them.
 
-    `weights` says where they came from (`package:...`, `file:...`, `hub:...`, `random:seed=...`) and is left out of the
-    fingerprint, for a path differs between machines; `weights_sha256` is of the file, or of the tensors if random.
-    `patch_size` is the number of input pixels a cell of the grid stands for. `pixel_mean` and `pixel_std` are in [0, 1].
+    `weights` says where they came from (`package:...`, `file:...`, `hub:...`, `random:seed=...`) and is left
+    out of the fingerprint, for a path differs between machines; `weights_sha256` is of the file, or of the
+    tensors if random. `patch_size` is the number of input pixels a cell of the grid stands for. `pixel_mean`
+    and `pixel_std` are in [0, 1].
     """
 
     name: str = Field(pattern=TEACHER_NAME)
@@ -91,10 +92,14 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def require_same(what: str, stored: BaseModel, given: BaseModel, ignore: frozenset[str] = frozenset()) -> None:
+def require_same(
+    what: str, stored: BaseModel, given: BaseModel, ignore: frozenset[str] = frozenset()
+) -> None:
     """Refuse, naming each field that differs with both its values."""
     old, new = stored.model_dump(mode="json"), given.model_dump(mode="json")
     differing = [key for key in new if key not in ignore and old.get(key) != new[key]]
     if differing:
         pairs = "; ".join(f"{key}: stored {old.get(key)!r}, given {new[key]!r}" for key in differing)
-        raise UserError(f"{what} was made with other settings ({pairs}). Use the stored values, or another store.")
+        raise UserError(
+            f"{what} was made with other settings ({pairs}). Use the stored values, or another store."
+        )

@@ -1,8 +1,8 @@
 """Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
 
-Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is renamed or
-appended to. A put is atomic, so a killed process leaves an object whole or absent; files are not fsynced, so after a
-power loss the digests tell what is missing.
+Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is
+renamed or appended to. A put is atomic, so a killed process leaves an object whole or absent; files are not
+fsynced, so after a power loss the digests tell what is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _memory: dict[str, MemoryStore] = {}
 
 
 class Objects:
-    """The objects below one URL. Paths are relative, with `/`. `root` is the folder if they are local files."""
+    """The objects below one URL. Paths are relative, with `/`. `root` is the folder of local files."""
 
     def __init__(self, url: str, store: Any, root: Path | None = None) -> None:
         self.url = url
@@ -43,7 +43,9 @@ class Objects:
         return bytes(obstore.get(self._store, path).bytes())
 
     def get_ranges(self, path: str, starts: Sequence[int], nbytes: int) -> list[Any]:
-        """Buffers of `nbytes` bytes from each start (shorter where the object ends), adjacent ones in one request."""
+        """Buffers of `nbytes` bytes from each start (shorter where the object ends), adjacent ones in one
+        request.
+        """
         return list(obstore.get_ranges(self._store, path, starts=starts, lengths=[nbytes] * len(starts)))
 
     def put(self, path: str, data: Any) -> None:
@@ -53,7 +55,8 @@ class Objects:
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write, unless there is such an object already; says whether this call wrote it.
 
-        False does not mean that another writer won: the answer to an earlier try may have been lost. Read back.
+        False does not mean that another writer won: the answer to an earlier try may have been lost. Read
+        back.
         """
         try:
             obstore.put(self._store, path, data, mode="create", use_multipart=False)
@@ -72,7 +75,7 @@ class Objects:
         except FileNotFoundError:
             return None
 
-    def list(self, prefix: str = "") -> list[tuple[str, int]]:
+    def walk(self, prefix: str = "") -> list[tuple[str, int]]:
         """(path, bytes) of every object below a folder, sorted."""
         found = obstore.list(self._store, prefix or None).collect()
         return sorted((entry["path"], int(entry["size"])) for entry in found)
@@ -90,7 +93,7 @@ class Objects:
 
     def delete_folder(self, folder: str) -> None:
         """Remove all objects below a folder."""
-        paths = [path for path, _ in self.list(folder)]
+        paths = [path for path, _ in self.walk(folder)]
         if paths:
             obstore.delete(self._store, paths)
         if self.root is not None:
@@ -124,10 +127,12 @@ def open_objects(url: str, *, create: bool = False) -> Objects:
         return Objects(url, _memory.setdefault(url.rstrip("/"), MemoryStore()))
     if parts.scheme in REMOTE_SCHEMES:
         try:
-            return Objects(url, from_url(url))  # type: ignore[call-overload]
+            return Objects(url, from_url(url))
         except BaseError as error:
             raise UserError(f"url: {url!r} cannot be opened: {str(error).splitlines()[0]}") from error
-    raise UserError(f"url: {url!r} has scheme {parts.scheme!r}; use a local path, file://, s3://, gs:// or memory://")
+    raise UserError(
+        f"url: {url!r} has scheme {parts.scheme!r}; use a local path, file://, s3://, gs:// or memory://"
+    )
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -142,12 +147,16 @@ def shard_name(url: str) -> str:
 
 
 def expand_shards(patterns: Sequence[str], field: str = "data") -> dict[str, str]:
-    """Source shards by name, sorted, from URLs with globs in the last part (`*`, `?`, `[]`) and braces (`{00..99}`)."""
+    """Source shards by name, sorted, from URLs with globs in the last part (`*`, `?`, `[]`) and braces
+    (`{00..99}`).
+    """
     found: dict[str, str] = {}
     for url in (url for pattern in patterns for url in _expand(pattern, field)):
         name = shard_name(url)
         if not name or not set(name) <= _NAME_CHARACTERS or name.startswith("."):
-            raise UserError(f"{field}: shard name {name!r} may hold only letters, digits, '.', '_' and '-': rename it")
+            raise UserError(
+                f"{field}: shard name {name!r} may hold only letters, digits, '.', '_' and '-': rename it"
+            )
         if found.setdefault(name, url) != url:
             raise UserError(f"{field}: {found[name]!r} and {url!r} have the same name {name!r}: rename one")
     return dict(sorted(found.items()))
@@ -170,7 +179,9 @@ def _expand(pattern: str, field: str) -> Iterator[str]:
 
 @contextmanager
 def local_file(url: str) -> Iterator[Path]:
-    """A path to the object's bytes: the file itself if it is local, else a temporary copy, removed at the end."""
+    """A path to the object's bytes: the file itself if it is local, else a temporary copy, removed at the
+    end.
+    """
     folder, name = split_url(url)
     objects = open_objects(folder)
     if objects.root is not None:
@@ -212,14 +223,19 @@ class RangeReader:
         else:
             data = bytes(self._objects.get_ranges(self._path, [start], nbytes)[0])
         if len(data) != nbytes:
-            raise DataDamage(f"{self._objects.url}/{self._path}: ends at byte {start + len(data)}, not {start + nbytes}")
+            raise DataDamage(
+                f"{self._objects.url}/{self._path}: ends at byte {start + len(data)}, not {start + nbytes}"
+            )
         return data
 
     def read_records(self, starts: Sequence[int], targets: Sequence[Any], trailers: Sequence[Any]) -> None:
         """Fill targets[i] and then trailers[i] (equal sizes for all i) with the bytes from starts[i] on."""
         body, tail = len(memoryview(targets[0]).cast("B")), len(memoryview(trailers[0]).cast("B"))
         if self._descriptor >= 0:
-            done = [os.preadv(self._descriptor, pair[1:], pair[0]) for pair in zip(starts, targets, trailers, strict=True)]
+            done = [
+                os.preadv(self._descriptor, pair[1:], pair[0])
+                for pair in zip(starts, targets, trailers, strict=True)
+            ]
         else:
             done = []
             buffers = self._objects.get_ranges(self._path, starts, body + tail)
@@ -231,7 +247,9 @@ class RangeReader:
                     memoryview(trailer).cast("B")[:] = view[body:]
         for start, count in zip(starts, done, strict=True):
             if count != body + tail:
-                raise DataDamage(f"{self._objects.url}/{self._path}: {count} of {body + tail} bytes at {start}")
+                raise DataDamage(
+                    f"{self._objects.url}/{self._path}: {count} of {body + tail} bytes at {start}"
+                )
 
     def close(self) -> None:
         """Let go of the file descriptor, if there is one."""

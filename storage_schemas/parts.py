@@ -1,10 +1,11 @@
 """The Zarr v3 layout of a part: one teacher's features for one source shard.
 
-Arrays: `summary` (rows, d), `spatial` (rows, h, w, d), `valid` (rows,); with codec int8 also `spatial_scale` (rows, h, w);
-and a group `moments`. The metadata is written by zarr-python and any Zarr v3 reader can open a part. The chunk data of
-the large arrays is written and read here, because both are hot: an object of such an array is a `sharding_indexed`
-chunk whose inner chunks, one a row and each followed by its CRC-32C, stand in row order without gaps. So a row's place
-is arithmetic, and reading it is one system call into the caller's memory and one checksum.
+Arrays: `summary` (rows, d), `spatial` (rows, h, w, d), `valid` (rows,); with codec int8 also `spatial_scale`
+(rows, h, w); and a group `moments`. The metadata is written by zarr-python and any Zarr v3 reader can open a
+part. The chunk data of the large arrays is written and read here, because both are hot: an object of such an
+array is a `sharding_indexed` chunk whose inner chunks, one a row and each followed by its CRC-32C, stand in
+row order without gaps. So a row's place is arithmetic, and reading it is one system call into the caller's
+memory and one checksum.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)  # in a Zarr shard index: no such inner chunk
 
 Bytes = NDArray[np.uint8]
+Rows = Sequence[NDArray[Any]] | NDArray[Any]  # contiguous arrays of one row each, or one array of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,23 @@ def row_arrays(spec: TeacherSpec, rows: int) -> tuple[RowArray, ...]:
     return summary, levels, RowArray("spatial_scale", "float16", (rows, *grid))
 
 
+def part_bytes(spec: TeacherSpec, rows: int) -> int:
+    """Bytes of a part's chunk data: exact for the features, without the few KiB of metadata."""
+    features = sum(
+        array.object_bytes(shard) for array in row_arrays(spec, rows) for shard in range(array.shards)
+    )
+    moments = sum(4 * (d + d * d) for d in (spec.summary_dim, spec.spatial_dim))
+    return features + rows + moments
+
+
+def part_objects(spec: TeacherSpec, rows: int) -> int:
+    """How many objects a part is: chunk data and metadata."""
+    arrays = row_arrays(spec, rows)
+    return (
+        sum(array.shards + 1 for array in arrays) + 2 + 2 * 5
+    )  # two groups; `valid` and four arrays of moments
+
+
 def crc32c(data: Any) -> int:
     """CRC-32C of a contiguous buffer."""
     view = np.frombuffer(data, dtype=np.uint8).view()
@@ -105,7 +124,9 @@ class ShardBuffer:
         self.path = array.object_path(shard)
         self.rows = array.rows_in(shard)
         self._bytes: Bytes = np.empty(array.object_bytes(shard), dtype=np.uint8)
-        record = np.dtype([("values", np.dtype(array.dtype).newbyteorder("<"), array.shape[1:]), ("crc", "<u4")])
+        record = np.dtype(
+            [("values", np.dtype(array.dtype).newbyteorder("<"), array.shape[1:]), ("crc", "<u4")]
+        )
         self._records = self._bytes[: self.rows * array.stride].view(record)
 
     @property
@@ -115,7 +136,9 @@ class ShardBuffer:
         return values
 
     def seal(self) -> Bytes:
-        """Add the checksums and the shard index (Zarr v3 `sharding_indexed`, index at the end); the whole object."""
+        """Add the checksums and the shard index (Zarr v3 `sharding_indexed`, index at the end); the whole
+        object.
+        """
         stride, row_bytes = self.array.stride, self.array.row_bytes
         for row in range(self.rows):
             self._records["crc"][row] = crc32c(self._bytes[row * stride : row * stride + row_bytes])
@@ -146,7 +169,7 @@ def write_metadata(objects: Objects, path: str, spec: TeacherSpec, rows: int) ->
 
 
 def write_small(objects: Objects, path: str, valid: NDArray[np.bool_], moments: dict[str, Moments]) -> None:
-    """`valid`, and `moments/<summary|spatial>_<mean|covariance>` with the counts as attributes; checksummed."""
+    """`valid`, and `moments/<summary|spatial>_<mean|covariance>` with counts as attributes; checksummed."""
     group = zarr.open_group(objects.zarr(read_only=False), path=path, mode="r+")
     counts = {name: value.count for name, value in moments.items()}
     arrays: dict[str, NDArray[Any]] = {"valid": valid}
@@ -160,7 +183,8 @@ def write_small(objects: Objects, path: str, valid: NDArray[np.bool_], moments: 
 
 
 class Part:
-    """One committed part. `summary`, `spatial` and `valid` are Zarr arrays; `read` is the trainer's fast way in.
+    """One committed part. `summary`, `spatial` and `valid` are Zarr arrays; `read` is the trainer's fast way
+    in.
 
     With codec int8, `spatial` holds levels; `read` gives fp16 for either codec. Threads may share a part.
     """
@@ -207,37 +231,47 @@ class Part:
             for name in ("summary_mean", "summary_covariance", "spatial_mean", "spatial_covariance")
         }
         counts = {name: int(str(group.attrs[name])) for name in ("summary", "spatial")}
-        return {name: Moments(counts[name], read[f"{name}_mean"], read[f"{name}_covariance"]) for name in counts}
+        return {
+            name: Moments(counts[name], read[f"{name}_mean"], read[f"{name}_covariance"]) for name in counts
+        }
 
-    def read_summary(self, rows: Sequence[int], out: NDArray[np.float16]) -> None:
-        """Fill `out` (len(rows), d), every row checked; DataDamage names a row that does not hold."""
+    def read_summary(self, rows: Sequence[int], out: Rows) -> None:
+        """Fill out[i], (d,) float16, with rows[i], every row checked; DataDamage names a row that does not
+        hold.
+        """
         self._read("summary", rows, out)
 
-    def read_spatial(self, rows: Sequence[int], out: NDArray[np.float16]) -> None:
-        """Fill `out` (len(rows), h, w, d), every row checked; DataDamage names a row that does not hold."""
+    def read_spatial(self, rows: Sequence[int], out: Rows) -> None:
+        """Fill out[i], (h, w, d) float16, with rows[i], every row checked; DataDamage names one that does not
+        hold.
+        """
         if self.spec.codec == "fp16":
-            return self._read("spatial", rows, out)
-        levels = np.empty(out.shape, dtype=np.int8)
-        scale = np.empty(out.shape[:-1], dtype=np.float16)
+            self._read("spatial", rows, out)
+            return
+        levels = np.empty((len(rows), *self._arrays["spatial"].shape[1:]), dtype=np.int8)
+        scale = np.empty(levels.shape[:-1], dtype=np.float16)
         self._read("spatial", rows, levels)
         self._read("spatial_scale", rows, scale)
-        out[...] = dequantize(levels, scale)
+        for target, values in zip(out, dequantize(levels, scale), strict=True):
+            target[...] = values
 
-    def _read(self, name: str, rows: Sequence[int], out: NDArray[Any]) -> None:
+    def _read(self, name: str, rows: Sequence[int], out: Rows) -> None:
         array = self._arrays[name]
-        assert out.flags.c_contiguous and out.shape == (len(rows), *array.shape[1:]), (out.shape, array)
-        raw = out.reshape(len(rows), -1).view(np.uint8)  # b row_bytes
+        raw = [target.reshape(-1).view(np.uint8) for target in out]  # row_bytes each
+        assert [len(target) for target in raw] == [array.row_bytes] * len(rows), array
         stored = np.empty((len(rows), CRC_BYTES), dtype=np.uint8)
-        shards = np.asarray(rows) // array.shard_rows
+        shards = np.asarray(rows, dtype=np.int64) // array.shard_rows
         for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            starts = [(int(rows[place]) % array.shard_rows) * array.stride for place in places]
+            places = np.flatnonzero(shards == shard).tolist()
+            starts = [rows[place] % array.shard_rows * array.stride for place in places]
             file = self._file(array, int(shard))
             file.read_records(starts, [raw[place] for place in places], [stored[place] for place in places])
         for place, row in enumerate(rows):
             wanted, found = int(stored[place].view("<u4")[0]), crc32c(raw[place])
             if wanted != found:
-                raise DataDamage(f"{self._place} row {row} of {name!r}: crc32c stored {wanted:08x}, read {found:08x}")
+                raise DataDamage(
+                    f"{self._place} row {row} of {name!r}: crc32c stored {wanted:08x}, read {found:08x}"
+                )
 
     def _file(self, array: RowArray, shard: int) -> RangeReader:
         path = array.object_path(shard)
@@ -248,7 +282,9 @@ class Part:
             except FileNotFoundError as error:
                 raise DataDamage(f"{self._place} object {path!r} is missing") from error
             if file.size() != array.object_bytes(shard):
-                raise DataDamage(f"{self._place} object {path!r}: {file.size()} bytes, not {array.object_bytes(shard)}")
+                raise DataDamage(
+                    f"{self._place} object {path!r}: {file.size()} bytes, not {array.object_bytes(shard)}"
+                )
             self._files[path] = file
         return file
 

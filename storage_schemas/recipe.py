@@ -16,7 +16,9 @@ from storage_schemas.manifest import Frozen, Positive, StoreManifest
 SECTIONS = ("store", "data", "teachers", "extract", "student", "training", "evaluation")
 
 Model = TypeVar("Model", bound=BaseModel)
-Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Patterns = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 class StoreConfig(Frozen):
@@ -34,7 +36,7 @@ class StoreConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Section `data`: source shards, as URLs with globs and braces. `held_out` is recorded, never trained on."""
+    """Section `data`: source shards, as URLs with globs and braces. `held_out` is never trained on."""
 
     train: Patterns
     held_out: Patterns = ()
@@ -43,18 +45,22 @@ class DataConfig(Frozen):
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The sections of a recipe, with `key.key=value` overrides (values in YAML) applied."""
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - it is a SafeLoader
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError as error:
         raise UserError(f"recipe: {str(path)!r} does not exist") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe: {str(path)!r}: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"recipe: {str(path)!r} holds {type(recipe).__name__}, not sections: {', '.join(SECTIONS)}")
+        raise UserError(
+            f"recipe: {str(path)!r} holds {type(recipe).__name__}, not sections: {', '.join(SECTIONS)}"
+        )
     for override in overrides:
         _apply(recipe, override)
     unknown = [str(key) for key in recipe if key not in SECTIONS]
     if unknown:
-        raise UserError(f"recipe: unknown section {unknown[0]!r} in {str(path)!r}; there are {', '.join(SECTIONS)}")
+        raise UserError(
+            f"recipe: unknown section {unknown[0]!r} in {str(path)!r}; there are {', '.join(SECTIONS)}"
+        )
     return recipe
 
 
@@ -67,7 +73,9 @@ def parse(model: type[Model], value: object, where: str) -> Model:
         field = ".".join([where, *(str(key) for key in first["loc"])])
         if first["type"] == "extra_forbidden":
             known = ", ".join(model.model_fields)
-            raise UserError(f"{field}: unknown key (value {first['input']!r}); {where} has {known}") from error
+            raise UserError(
+                f"{field}: unknown key (value {first['input']!r}); {where} has {known}"
+            ) from error
         if first["type"] == "missing":
             raise UserError(f"{field}: is missing from the recipe") from error
         raise UserError(f"{field}: {first['input']!r}: {first['msg']}") from error
@@ -84,7 +92,7 @@ def _apply(recipe: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise UserError(f"--set: {key!r} goes through a value that has no keys")
     try:
-        target[last] = yaml.load(text, _StrictLoader)  # noqa: S506 - it is a SafeLoader
+        target[last] = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"--set: {override!r} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -96,5 +104,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} is given twice", node.start_mark
+            )
         return super().construct_mapping(node, deep=deep)

@@ -1,17 +1,16 @@
 """FeatureStore: create, open, list, read and verify a store. The only place that builds a path inside one.
 
-    <store>/manifest.json                               StoreManifest
-    <store>/views/<shard>.parquet                       one row a view
-    <store>/teachers/<teacher>/spec.json                TeacherSpec
-    <store>/teachers/<teacher>/parts/<shard>.<attempt>/ a Zarr v3 group
-    <store>/teachers/<teacher>/commits/<shard>.json     names the one attempt that counts
+<store>/manifest.json                               StoreManifest
+<store>/views/<shard>.parquet                       one row a view
+<store>/teachers/<teacher>/spec.json                TeacherSpec
+<store>/teachers/<teacher>/parts/<shard>.<attempt>/ a Zarr v3 group
+<store>/teachers/<teacher>/commits/<shard>.json     names the one attempt that counts
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from hashlib import sha256
 from typing import TypeVar
 
@@ -43,7 +42,6 @@ class FeatureStore:
         self.objects = objects
         self.manifest = manifest
         self._specs: dict[str, TeacherSpec] = {}
-        self._views = lru_cache(maxsize=64)(self._read_views)
 
     @classmethod
     def create(cls, url: str, manifest: StoreManifest) -> FeatureStore:
@@ -61,7 +59,9 @@ class FeatureStore:
         try:
             data = objects.get("manifest.json")
         except FileNotFoundError as error:
-            raise UserError(f"store: {url!r} holds no manifest.json; record into it with `rebroadcast extract`") from error
+            raise UserError(
+                f"store: {url!r} holds no manifest.json; record into it with `rebroadcast extract`"
+            ) from error
         return cls(objects, _parse_manifest(data, url))
 
     @property
@@ -85,7 +85,9 @@ class FeatureStore:
                 data = self.objects.get(f"teachers/{teacher}/spec.json")
             except FileNotFoundError as error:
                 there = ", ".join(self.teachers()) or "none"
-                raise UserError(f"teacher: {teacher!r} is not in store {self.url!r}; there: {there}") from error
+                raise UserError(
+                    f"teacher: {teacher!r} is not in store {self.url!r}; there: {there}"
+                ) from error
             self._specs[teacher] = _parse(TeacherSpec, data, f"{self.url}/teachers/{teacher}/spec.json")
         return self._specs[teacher]
 
@@ -94,18 +96,30 @@ class FeatureStore:
         data = canonical_json(spec.model_dump(mode="json"))
         self.objects.put_if_absent(f"teachers/{spec.name}/spec.json", data)
         stored = self.spec(spec.name)
-        require_same(f"teacher {spec.name!r} in store {self.url!r}", stored, spec, ignore=frozenset({"weights"}))
+        require_same(
+            f"teacher {spec.name!r} in store {self.url!r}", stored, spec, ignore=frozenset({"weights"})
+        )
+
+    def has_commit(self, teacher: str, shard: str) -> bool:
+        """Whether a shard is committed for a teacher; one request, and no listing."""
+        return self.objects.size(self._commit_path(teacher, shard)) is not None
 
     def commit(self, teacher: str, shard: str) -> Commit:
         """The record that makes a part count; UserError if the shard is not committed for the teacher."""
         try:
             commit = read_commit(self.objects, self._commit_path(self._known(teacher), shard))
         except FileNotFoundError as error:
-            raise UserError(f"shard: {shard!r} is not recorded for teacher {teacher!r} in {self.url!r}") from error
+            raise UserError(
+                f"shard: {shard!r} is not recorded for teacher {teacher!r} in {self.url!r}"
+            ) from error
         if (commit.teacher, commit.shard) != (teacher, shard):
-            raise DataDamage(f"commit of shard {shard!r}, teacher {teacher!r} names {commit.shard!r}, {commit.teacher!r}")
+            raise DataDamage(
+                f"commit of shard {shard!r}, teacher {teacher!r} names {commit.shard!r}, {commit.teacher!r}"
+            )
         if commit.fingerprint != self.spec(teacher).fingerprint:
-            raise DataDamage(f"shard {shard!r}, teacher {teacher!r}: commit has fingerprint {commit.fingerprint}")
+            raise DataDamage(
+                f"shard {shard!r}, teacher {teacher!r}: commit has fingerprint {commit.fingerprint}"
+            )
         return commit
 
     def write_commit(self, commit: Commit) -> bool:
@@ -124,11 +138,17 @@ class FeatureStore:
 
     def views(self, shard: str) -> pa.Table:
         """The view table of a shard, VIEW_SCHEMA; UserError if there is none."""
-        return self._views(shard)[0]
+        return self._read_views(shard)[0]
 
-    def views_sha256(self, shard: str) -> str:
-        """SHA-256 of a shard's view table as it lies in the store."""
-        return self._views(shard)[1]
+    def committed_views(self, commit: Commit) -> pa.Table:
+        """The view table that a commit names, DataDamage unless it is that one to the bit."""
+        table, digest = self._read_views(commit.shard)
+        where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
+        if digest != commit.views_sha256:
+            raise DataDamage(f"{where} view table has sha256 {digest}, committed {commit.views_sha256}")
+        if len(table) != commit.rows:
+            raise DataDamage(f"{where} view table has {len(table)} rows, committed {commit.rows}")
+        return table
 
     def _read_views(self, shard: str) -> tuple[pa.Table, str]:
         try:
@@ -138,15 +158,19 @@ class FeatureStore:
         return decode_views(data, shard), sha256(data).hexdigest()
 
     def put_views(self, shard: str, table: pa.Table) -> str:
-        """Store a view table, or check that the stored one is equal; its SHA-256. UserError names a row that differs."""
+        """Store a view table, or check that the stored one is equal; its SHA-256. UserError names a row that
+        differs.
+        """
         self.objects.put_if_absent(f"views/{shard}.parquet", encode_views(table))
         stored, digest = self._read_views(shard)
         if not stored.equals(table):
-            raise UserError(f"shard: {shard!r} {_first_difference(stored, table)}; it was recorded from another tar")
+            raise UserError(
+                f"shard: {shard!r} {_first_difference(stored, table)}; it was recorded from another tar"
+            )
         return digest
 
     def moments(self, teacher: str) -> dict[str, Moments]:
-        """Moments of `summary` and of `spatial` (a sample of tokens) over all committed parts of a teacher."""
+        """Moments of `summary` and of `spatial` (a sample of tokens) over a teacher's committed parts."""
         parts = [self.part(teacher, shard).moments() for shard in self.shards(teacher)]
         if not parts:
             raise UserError(f"teacher: {teacher!r} has no recorded shard in {self.url!r}")
@@ -156,20 +180,11 @@ class FeatureStore:
         """Every digest and row count of one commit; one line for each thing that does not hold."""
         try:
             commit = self.commit(teacher, shard)
-            problems = self._verify_views(commit)
-            problems += [line for entry in commit.objects for line in self._verify_object(commit, entry)]
+            self.committed_views(commit)
+            problems = [line for entry in commit.objects for line in self._verify_object(commit, entry)]
             return problems or self._verify_rows(commit)
         except (DataDamage, UserError) as error:
             return [str(error)]
-
-    def _verify_views(self, commit: Commit) -> list[str]:
-        where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
-        table, digest = self._read_views(commit.shard)
-        if digest != commit.views_sha256:
-            return [f"{where} view table has sha256 {digest}, committed {commit.views_sha256}"]
-        if len(table) != commit.rows:
-            return [f"{where} view table has {len(table)} rows, committed {commit.rows}"]
-        return []
 
     def _verify_object(self, commit: Commit, entry: ObjectDigest) -> Iterator[str]:
         path = f"{self.part_path(commit.teacher, commit.shard, commit.attempt)}/{entry.path}"
@@ -189,11 +204,16 @@ class FeatureStore:
         shapes = (part.valid.shape[0], part.summary.shape[0], part.spatial.shape[0])
         if set(shapes) != {commit.rows} or tuple(invalid.tolist()) != commit.invalid_rows:
             where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
-            return [f"{where} arrays of {shapes} rows, {len(invalid)} invalid; committed {commit.rows}, {len(commit.invalid_rows)}"]
+            return [
+                f"{where} arrays of {shapes} rows, {len(invalid)} invalid; "
+                f"committed {commit.rows}, {len(commit.invalid_rows)}"
+            ]
         return []
 
     def garbage(self, older_than: float = 0) -> list[str]:
-        """Folders of attempts that no commit names, none of whose objects is younger than `older_than` seconds."""
+        """Folders of attempts that no commit names, none of whose objects is younger than `older_than`
+        seconds.
+        """
         found = []
         for teacher in self.teachers():
             attempts = self.objects.names(f"teachers/{teacher}/parts")[0]
@@ -221,8 +241,8 @@ def _parse_manifest(data: bytes, url: str) -> StoreManifest:
     manifest = _parse(StoreManifest, data, f"{url}/manifest.json")
     if manifest.schema_version != SCHEMA_VERSION:
         raise UserError(
-            f"store: {url!r} has schema version {manifest.schema_version}, this program reads {SCHEMA_VERSION}; "
-            f"use the release that wrote it, or record anew"
+            f"store: {url!r} has schema version {manifest.schema_version}, this program reads "
+            f"{SCHEMA_VERSION}; use the release that wrote it, or record anew"
         )
     return manifest
 

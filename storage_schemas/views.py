@@ -44,8 +44,10 @@ VIEW_SCHEMA = pa.schema(
         pa.field("caption", pa.string()),
     ]
 )
-"""`offset` and `nbytes` are of the image member inside its tar; `digest` is the first 16 bytes of its SHA-256.
-Sizes and crops are in source pixels, null where the image could not be read. `label` is of `.cls`, `caption` of `.txt`."""
+"""`offset` and `nbytes` are of the image member inside its tar; `digest` is the first 16 bytes of its
+SHA-256. Sizes and crops are in source pixels, null where the image could not be read. `label` is of `.cls`,
+`caption` of `.txt`.
+"""
 
 
 def encode_views(table: pa.Table) -> bytes:

@@ -1,0 +1,82 @@
+"""The driver: what is missing -> executor -> commits. Its whole loop is `extract`."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from pipeline.config import ExtractConfig
+from pipeline.executors import OnViews, Task, prepare
+from pipeline.plan import Plan, require_space
+from pipeline.recorder import Receipt
+from storage_schemas.errors import UserError
+from storage_schemas.store import FeatureStore
+
+
+@dataclass
+class ExtractReport:
+    """What a run of `extract` did. `failed` maps a shard to why; `statuses` counts views by ViewStatus."""
+
+    shards: int = 0
+    already_done: int = 0
+    recorded: int = 0
+    views: int = 0
+    bytes: int = 0
+    worker_seconds: float = 0.0
+    statuses: Counter[str] = field(default_factory=Counter)
+    invalid: Counter[str] = field(default_factory=Counter)
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a shard that is done or given up."""
+        if receipt.error:
+            self.failed[receipt.shard] = receipt.error
+            return
+        self.recorded += bool(receipt.committed)
+        self.views += receipt.views
+        self.bytes += receipt.bytes
+        self.worker_seconds += receipt.seconds
+        self.statuses.update(receipt.statuses)
+        self.invalid.update(receipt.invalid)
+        for teacher, fidelity in receipt.fidelity.items():
+            old = self.fidelity.get(teacher, fidelity)
+            self.fidelity[teacher] = {name: min(old[name], value) for name, value in fidelity.items()}
+
+
+def extract(
+    config: ExtractConfig,
+    shards: str = "*",
+    on_start: Callable[[ExtractReport, Plan], None] = lambda report, plan: None,
+    on_views: OnViews = lambda count: None,
+    on_shard: Callable[[Task, Receipt], None] = lambda task, receipt: None,
+) -> ExtractReport:
+    """Record every source shard whose name matches `shards` and that lacks a commit for one of the teachers.
+
+    Run it again after any interruption: it takes up what is missing. UserError before any shard is read if
+    the store was made otherwise, if a teacher differs, or if the free space does not suffice.
+    """
+    sources = {name: url for name, url in config.source_shards().items() if fnmatch(name, shards)}
+    if not sources:
+        raise UserError(f"--shards: {shards!r} matches none of {len(config.source_shards())} source shards")
+    store = FeatureStore.create(config.store.url, config.store.manifest())
+    specs, run = prepare(config)
+    committed = {spec.name: set(store.shards(spec.name)) for spec in specs}
+    queue = deque(
+        Task(name, url)
+        for name, url in sources.items()
+        if any(name not in done for done in committed.values())
+    )
+    report = ExtractReport(shards=len(sources), already_done=len(sources) - len(queue))
+    if not queue:
+        return report
+    on_start(report, require_space(config, specs, {task.shard: task.url for task in queue}, committed))
+    for task, receipt in run(queue, on_views):
+        if receipt.retry and task.attempt < config.extract.attempts:
+            queue.append(Task(task.shard, task.url, task.attempt + 1))
+        else:
+            report.add(receipt)
+        on_shard(task, receipt)
+    return report

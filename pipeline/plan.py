@@ -1,0 +1,150 @@
+"""What recording will cost, before it starts: rows, bytes, objects, arithmetic, hours, and whether the space
+is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.config import ExtractConfig
+from pipeline.executors import load_teachers
+from pipeline.recorder import cut_views
+from pipeline.shards import index_tar
+from pipeline.teachers import Teacher
+from storage_schemas.errors import UserError
+from storage_schemas.manifest import StoreManifest, TeacherSpec
+from storage_schemas.objects import RangeReader, local_file, open_objects
+from storage_schemas.parts import part_bytes, part_objects
+
+# Tars are counted until there are so many, or so many bytes of them; rows of the others are estimated from
+# their mean.
+COUNTED_SHARDS, COUNTED_BYTES = 16, 1 << 30
+VIEW_BYTES = 128  # of the view table, a row: an upper bound without long captions
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """Of one teacher over all the rows to record. `gflops` is of one view, a multiply-add counted as two."""
+
+    name: str
+    bytes_a_view: int
+    bytes: int
+    objects: int
+    gflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`rows` is exact if all shards were counted. `free_bytes` is None where the store has no such limit.
+
+    images_per_second: views through all the teachers, as the user or a trial says; None if neither did.
+    """
+
+    shards: int
+    rows: int
+    exact: bool
+    teachers: tuple[TeacherCost, ...]
+    free_bytes: int | None
+    images_per_second: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all teachers' features and the view tables."""
+        return sum(teacher.bytes for teacher in self.teachers) + self.rows * VIEW_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether the free space suffices."""
+        return self.free_bytes is None or self.bytes <= self.free_bytes
+
+    @property
+    def hours(self) -> float | None:
+        """At `images_per_second`."""
+        return self.rows / self.images_per_second / 3600 if self.images_per_second else None
+
+
+def make_plan(config: ExtractConfig, images_per_second: float | None = None, trial: int = 0) -> Plan:
+    """Of recording the recipe's shards from nothing; measures the rate over `trial` images if asked."""
+    sources = config.source_shards()
+    manifest = config.store.manifest()
+    teachers = load_teachers(config)
+    if trial:
+        images_per_second = _trial(
+            next(iter(sources.values())), teachers, manifest, config.extract.batch_size, trial
+        )
+    rows, exact = _count_rows(sources, manifest)
+    costs = tuple(_cost(teacher.spec, rows, len(sources), _gflops(teacher)) for teacher in teachers)
+    free = open_objects(config.store.url, create=True).free_bytes()
+    return Plan(len(sources), rows, exact, costs, free, images_per_second)
+
+
+def require_space(
+    config: ExtractConfig,
+    specs: Sequence[TeacherSpec],
+    sources: Mapping[str, str],
+    committed: Mapping[str, Collection[str]],
+) -> Plan:
+    """The plan of what is missing; UserError with both figures if the store's file system has not the room
+    for it.
+    """
+    rows, exact = _count_rows(sources, config.store.manifest())
+    share = {
+        spec.name: sum(name not in committed[spec.name] for name in sources) / len(sources) for spec in specs
+    }
+    costs = tuple(_cost(spec, round(rows * share[spec.name]), len(sources)) for spec in specs)
+    plan = Plan(len(sources), rows, exact, costs, open_objects(config.store.url).free_bytes())
+    if not plan.fits:
+        raise UserError(
+            f"store.url: {config.store.url!r} has {plan.free_bytes:,} bytes free, recording needs about "
+            f"{plan.bytes:,}; free some, or use fewer views, fewer shards or codec int8"
+        )
+    return plan
+
+
+def _count_rows(sources: Mapping[str, str], manifest: StoreManifest) -> tuple[int, bool]:
+    step = max(1, len(sources) // COUNTED_SHARDS)
+    images = counted = nbytes = 0
+    for name, url in islice(sources.items(), 0, None, step):
+        if nbytes < COUNTED_BYTES:
+            with local_file(url) as path:
+                index = index_tar(path, name)
+            images, counted, nbytes = images + len(index.samples), counted + 1, nbytes + index.size
+    return round(images * len(sources) / counted) * manifest.views_per_image, counted == len(sources)
+
+
+def _cost(spec: TeacherSpec, rows: int, shards: int, gflops: float | None = None) -> TeacherCost:
+    mean = -(-rows // shards)
+    size, objects = part_bytes(spec, mean) * shards, part_objects(spec, mean) * shards
+    return TeacherCost(spec.name, spec.row_bytes, size, objects, gflops)
+
+
+def _gflops(teacher: Teacher) -> float:
+    image = torch.zeros(1, 3, teacher.spec.height, teacher.spec.width, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        teacher(image)
+    return float(counter.get_total_flops()) / 1e9
+
+
+def _trial(url: str, teachers: list[Teacher], manifest: StoreManifest, batch_size: int, images: int) -> float:
+    """Views a second of decode, crop and forward, one after the other, over the first images of a shard."""
+    resolutions = sorted({(teacher.spec.height, teacher.spec.width) for teacher in teachers})
+    with local_file(url) as path:
+        tar = RangeReader(open_objects(str(path.parent)), path.name)
+        samples = index_tar(path, path.name).samples[:images]
+        for teacher in teachers:  # the first call of a model is slow
+            teacher(torch.zeros(batch_size, 3, teacher.spec.height, teacher.spec.width, dtype=torch.uint8))
+        started = time.perf_counter()
+        views = [
+            view for sample in samples for view in cut_views(tar, sample, manifest, resolutions) if view.crops
+        ]
+        for start in range(0, len(views), batch_size):
+            batch = views[start : start + batch_size]
+            for teacher in teachers:
+                teacher(torch.stack([view.crops[teacher.spec.height, teacher.spec.width] for view in batch]))
+        return len(views) / (time.perf_counter() - started)

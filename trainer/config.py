@@ -1,0 +1,118 @@
+"""What `train` and `eval` read from a recipe: sections `store`, `data`, `student`, `training` and
+`evaluation`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from storage_schemas.manifest import Frozen, Positive
+from storage_schemas.objects import expand_shards
+from storage_schemas.recipe import DataConfig, StoreConfig, parse
+
+Resolution = Annotated[
+    tuple[Positive, Positive],
+    BeforeValidator(lambda value: (value, value) if isinstance(value, int) else value),
+]
+
+
+class StudentConfig(Frozen, extra="allow"):
+    """Section `student`. Keys beside `name` are settings of the student; it refuses unknown ones."""
+
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the student is given."""
+        return dict(self.model_extra or {})
+
+
+class LossConfig(Frozen):
+    """Weights and forms of AM-RADIO's two losses (section 3.4).
+
+    summary_weight and spatial_weight are the paper's lambda and gamma by teacher, 1 where none is given;
+    weight 0 leaves a teacher out. The spatial loss is `cosine` times cosine distance plus `smooth_l1` times
+    smooth L1, whose quadratic part ends at `transition`.
+    """
+
+    summary_weight: dict[str, float] = Field(default_factory=dict)
+    spatial_weight: dict[str, float] = Field(default_factory=dict)
+    cosine: float = Field(0.9, ge=0)
+    smooth_l1: float = Field(0.1, ge=0)
+    transition: float = Field(1.0, gt=0)
+
+
+class TrainingConfig(Frozen):
+    """Section `training`.
+
+    output: folder of checkpoints and metrics. teachers: names in the store, all of them if not given.
+    resolution: of the student's images, one number or [height, width]. batch_size: views a step over all
+    ranks. learning_rate: warmed up linearly for `warmup` steps, then a cosine to zero at `steps`. clip: of
+    the gradient norm, none if null. block_rows, window_blocks: of the block shuffle. threads: that load
+    batches, each a whole batch; up to `threads + prefetch` batches are in memory. keep: newest checkpoints to
+    keep.
+    """
+
+    output: str
+    teachers: tuple[str, ...] = ()
+    resolution: Resolution = (224, 224)
+    batch_size: Positive = 32
+    steps: Positive
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    clip: float | None = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    loss: LossConfig = LossConfig()
+    adaptor_hidden: Positive | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: str = "auto"
+    block_rows: Positive = 256
+    window_blocks: Positive = 16
+    threads: Positive = 2
+    prefetch: int = Field(2, ge=0)
+    log_every: Positive = 10
+    checkpoint_every: Positive = 1000
+    keep: Positive = 2
+
+
+# Fields that may differ between a checkpoint and the run that resumes it: none changes a number.
+FREE_ON_RESUME = frozenset(
+    {"output", "device", "threads", "prefetch", "log_every", "checkpoint_every", "keep", "compile"}
+)
+
+
+class EvaluationConfig(Frozen):
+    """Section `evaluation`. The bank of k-NN is view 0 of `data.train`, its queries view 0 of
+    `data.held_out`.
+    """
+
+    batch_size: Positive = 64
+    k: Positive = 20
+    temperature: float = Field(0.07, gt=0)
+
+
+class TrainConfig(Frozen):
+    """All that training and evaluation need."""
+
+    store: StoreConfig
+    data: DataConfig
+    student: StudentConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> TrainConfig:
+        """The sections of a recipe that training reads."""
+        return parse(cls, {name: recipe[name] for name in cls.model_fields if name in recipe}, "recipe")
+
+    def train_shards(self) -> dict[str, str]:
+        """URLs of the source shards to train on, by name."""
+        return expand_shards(self.data.train, "data.train")
+
+    def held_out_shards(self) -> dict[str, str]:
+        """URLs of the source shards that are never trained on, by name."""
+        return expand_shards(self.data.held_out, "data.held_out")

@@ -1,0 +1,117 @@
+"""The student with its adaptors, and the weighted sum of the losses: what a training step differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from storage_schemas.features import TeacherOutput
+from storage_schemas.manifest import TeacherSpec
+from trainer.adaptors import Adaptor, align
+from trainer.checkpoint import load_checkpoint
+from trainer.config import LossConfig, TrainConfig
+from trainer.losses import mean_over_valid, spatial_loss, summary_loss, zero_invalid
+from trainer.students import Student, create_student
+
+
+class Distillation(nn.Module):
+    """A student and an adaptor for each teacher."""
+
+    def __init__(
+        self, student: Student, specs: Mapping[str, TeacherSpec], adaptor_hidden: int | None = None
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.adaptors = nn.ModuleDict(
+            {
+                name: Adaptor(
+                    student.summary_dim,
+                    student.spatial_dim,
+                    spec.summary_dim,
+                    spec.spatial_dim,
+                    adaptor_hidden,
+                )
+                for name, spec in specs.items()
+            }
+        )
+        self.specs = dict(specs)
+        self._grids = {name: (spec.grid.height, spec.grid.width) for name, spec in specs.items()}
+
+    def forward(self, images: Tensor) -> dict[str, TeacherOutput]:
+        """Each teacher's features as the student predicts them, on its grid, from uint8 b 3 height width."""
+        features = self.student(images.float() / 255)
+        predicted = {}
+        for name, adaptor in self.adaptors.items():
+            output = adaptor(features)
+            predicted[name] = TeacherOutput(output.summary, align(output.spatial, self._grids[name]))
+        return predicted
+
+    def specs_json(self) -> dict[str, Any]:
+        """The teachers' specs, for a checkpoint."""
+        return {name: spec.model_dump(mode="json") for name, spec in self.specs.items()}
+
+
+def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distillation:
+    """The recipe's student and its adaptors, with weights from the recipe's seed."""
+    torch.manual_seed(config.training.seed)
+    student = create_student(config.student.name, **config.student.settings)
+    student.grid(*config.training.resolution)  # UserError where they do not fit
+    return Distillation(student, specs, config.training.adaptor_hidden)
+
+
+def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
+    """The trained student and adaptors of a checkpoint's folder, in evaluation mode, and the recipe they are
+    of.
+    """
+    checkpoint = load_checkpoint(path)
+    specs = {name: TeacherSpec.model_validate(spec) for name, spec in checkpoint.meta["teachers"].items()}
+    model = untrained(TrainConfig.from_recipe(checkpoint.meta["recipe"]), specs)
+    model.student.load_state_dict(checkpoint.student)
+    model.adaptors.load_state_dict(checkpoint.adaptors)
+    return model.eval(), checkpoint.meta["recipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """`total` is what is minimised; `terms`, named teacher/summary and teacher/spatial, are unweighted."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def distillation_losses(
+    predicted: Mapping[str, TeacherOutput],
+    targets: Mapping[str, TeacherOutput],
+    valid: Mapping[str, Tensor],
+    config: LossConfig,
+    share_of_valid: Callable[[Tensor], Tensor] = lambda valid: valid.sum(),
+) -> Losses:
+    """L_summary + L_spatial of AM-RADIO, equations 2 and 3, averaged over the valid rows.
+
+    share_of_valid: what each sum over this rank's valid rows is divided by; see `losses.mean_over_valid`.
+    """
+    terms: dict[str, Tensor] = {}
+    total = torch.zeros((), device=next(iter(valid.values())).device)
+    for name, output in predicted.items():
+        mask, count = valid[name], share_of_valid(valid[name])
+        summary = summary_loss(output.summary, zero_invalid(targets[name].summary, mask))  # b
+        spatial = spatial_loss(
+            output.spatial,
+            zero_invalid(targets[name].spatial, mask),
+            config.cosine,
+            config.smooth_l1,
+            config.transition,
+        )  # b
+        terms[f"{name}/summary"] = mean_over_valid(summary, mask, count)
+        terms[f"{name}/spatial"] = mean_over_valid(spatial, mask, count)
+        total = (
+            total
+            + config.summary_weight.get(name, 1.0) * terms[f"{name}/summary"]
+            + config.spatial_weight.get(name, 1.0) * terms[f"{name}/spatial"]
+        )
+    return Losses(total, terms)

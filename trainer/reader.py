@@ -1,0 +1,257 @@
+"""Stored targets and the very crops they were made from, in batches.
+
+Which views a batch holds is arithmetic (`trainer.order`); what it holds is checked: each image against the
+digest in the view table, each row of features against its checksum, each tar and view table against the
+commit. Batches are loaded whole by threads, ahead of their use, and a bound on how many is the bound on
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from itertools import count
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from storage_schemas.commits import Commit
+from storage_schemas.crops import CropBox
+from storage_schemas.errors import DataDamage, UserError
+from storage_schemas.features import TeacherOutput
+from storage_schemas.manifest import PIXELS, canonical_json
+from storage_schemas.objects import RangeReader, open_objects, split_url
+from storage_schemas.parts import Part
+from storage_schemas.pixels import ImageError, cut, decode
+from storage_schemas.store import FeatureStore
+from storage_schemas.threads import map_ahead
+from trainer.order import ViewOrder, rank_slice
+
+OPEN_SHARDS = 64  # view tables and files kept open; a window of the block shuffle touches fewer
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`images` uint8 b 3 height width; `targets` by teacher, fp16; `valid` by teacher, bool b.
+
+    A target that is not valid is NaN. `views` is b 2: index of the shard in the reader's `shards`, and row.
+    """
+
+    images: torch.Tensor
+    targets: dict[str, TeacherOutput]
+    valid: dict[str, torch.Tensor]
+    views: Indices
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        targets = {k: TeacherOutput(move(v.summary), move(v.spatial)) for k, v in self.targets.items()}
+        return Batch(move(self.images), targets, {k: move(v) for k, v in self.valid.items()}, self.views)
+
+
+class TargetReader:
+    """Batches of the views that some teacher has features for, in the source shards `sources` (URLs by name).
+
+    UserError if a shard is not recorded for a teacher, or if its tar is not the one that was recorded.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        sources: Mapping[str, str],
+        teachers: Sequence[str],
+        resolution: tuple[int, int],
+        threads: int = 2,
+        prefetch: int = 2,
+    ) -> None:
+        self.store = store
+        self.teachers = tuple(teachers)
+        self.resolution = resolution
+        self.threads = threads
+        self.ahead = threads + prefetch
+        self.shards = tuple(sources)
+        self.specs = {name: store.spec(name) for name in teachers}
+        _require_same_pixels({name: spec.pixels for name, spec in self.specs.items()})
+        self._sources = dict(sources)
+        self._commits = {
+            shard: _read_commits(store, shard, url, self.teachers) for shard, url in sources.items()
+        }
+        self._rows = [_rows_with_features(self._commits[shard]) for shard in self.shards]
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    def __len__(self) -> int:
+        """Views that some teacher has features for."""
+        return sum(map(len, self._rows))
+
+    def digest(self) -> str:
+        """SHA-256 of what is read: shards, their tars and view tables, teachers. Equal digests give equal
+        batches.
+        """
+        identity = [
+            (
+                shard,
+                teacher,
+                commit.source.sha256,
+                commit.views_sha256,
+                commit.fingerprint,
+                commit.invalid_rows,
+            )
+            for shard, commits in self._commits.items()
+            for teacher, commit in commits.items()
+        ]
+        return sha256(canonical_json(identity)).hexdigest()
+
+    def order(self, seed: int, block_rows: int, window_blocks: int) -> ViewOrder:
+        """The order of these views; its indices are this reader's, not rows."""
+        return ViewOrder([len(rows) for rows in self._rows], seed, block_rows, window_blocks)
+
+    def batches(
+        self, order: ViewOrder, batch_size: int, first_step: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Generator[Batch, None, None]:
+        """This rank's share of the global batches of `batch_size` views from `first_step` on, without end."""
+        picks = (rank_slice(order, step, batch_size, rank, world_size) for step in count(first_step))
+        return self._load_ahead(picks)
+
+    def in_order(self, batch_size: int, view: int | None = None) -> Generator[Batch, None, None]:
+        """Every view once, by shard and row; only those with that number of `view` if one is given."""
+        return self._load_ahead(self._picks_in_order(batch_size, view))
+
+    def _picks_in_order(self, batch_size: int, view: int | None) -> Iterator[Indices]:
+        views_per_image = self.store.manifest.views_per_image
+        for shard, rows in enumerate(self._rows):
+            chosen = (
+                np.flatnonzero(rows % views_per_image == view) if view is not None else np.arange(len(rows))
+            )
+            for start in range(0, len(chosen), batch_size):
+                indices = chosen[start : start + batch_size]
+                yield np.stack([np.full(len(indices), shard), indices], axis=1)
+
+    def _load_ahead(self, picks: Iterator[Indices]) -> Generator[Batch, None, None]:
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as pool:
+            yield from map_ahead(pool, self.load, picks, self.ahead)
+
+    def load(self, picks: Indices) -> Batch:
+        """The batch of b 2 indices: shard, and place among its rows with features."""
+        views = np.stack([picks[:, 0], [self._rows[shard][place] for shard, place in picks]], axis=1)
+        images = torch.empty(len(views), 3, *self.resolution, dtype=torch.uint8)
+        for place, (shard, row) in enumerate(views):
+            images[place] = self._open(int(shard)).crop(int(row), self.resolution)
+        targets = {name: self._targets(name, views) for name in self.teachers}
+        valid = {
+            name: torch.tensor([self._open(int(shard)).is_valid(name, int(row)) for shard, row in views])
+            for name in self.teachers
+        }
+        return Batch(images, targets, valid, views)
+
+    def _targets(self, teacher: str, views: Indices) -> TeacherOutput:
+        spec = self.specs[teacher]
+        summary = torch.empty(len(views), spec.summary_dim, dtype=torch.float16)
+        spatial = torch.empty(
+            len(views), spec.grid.height, spec.grid.width, spec.spatial_dim, dtype=torch.float16
+        )
+        summary_rows, spatial_rows = summary.numpy(), spatial.numpy()
+        for shard in np.unique(views[:, 0]):
+            places = np.flatnonzero(views[:, 0] == shard)
+            rows = views[places, 1].tolist()
+            part = self._open(int(shard)).parts[teacher]
+            part.read_summary(rows, [summary_rows[place] for place in places])
+            part.read_spatial(rows, [spatial_rows[place] for place in places])
+        return TeacherOutput(summary, spatial)
+
+    def _open_shard(self, index: int) -> _OpenShard:
+        shard = self.shards[index]
+        return _OpenShard(self.store, self._sources[shard], self._commits[shard])
+
+
+class _OpenShard:
+    """One source shard's open tar and parts, and the columns of its view table that replay needs."""
+
+    def __init__(self, store: FeatureStore, url: str, commits: Mapping[str, Commit]) -> None:
+        first = next(iter(commits.values()))
+        table = store.committed_views(first)
+        self.shard = first.shard
+        self.max_pixels = store.manifest.max_pixels
+        folder, name = split_url(url)
+        self.tar = RangeReader(open_objects(folder), name)
+        self.parts = {
+            teacher: Part(
+                store.objects,
+                store.part_path(teacher, commit.shard, commit.attempt),
+                store.spec(teacher),
+                commit,
+            )
+            for teacher, commit in commits.items()
+        }
+        self._invalid = {teacher: frozenset(commit.invalid_rows) for teacher, commit in commits.items()}
+        self._digests = table["digest"].to_pylist()
+        self._members = _integers(table, ("offset", "nbytes"))
+        self._boxes = _integers(table, ("top", "left", "crop_height", "crop_width", "hflip"))
+
+    def is_valid(self, teacher: str, row: int) -> bool:
+        return row not in self._invalid[teacher]
+
+    def crop(self, row: int, resolution: tuple[int, int]) -> torch.Tensor:
+        """uint8 3 height width: the view as the teachers saw it, but for the resolution."""
+        offset, nbytes = self._members[row].tolist()
+        data = self.tar.read(offset, nbytes)
+        digest = sha256(data).digest()[:16]
+        if digest != self._digests[row]:
+            raise DataDamage(
+                f"shard {self.shard!r} row {row}: image has digest {digest.hex()}, recorded "
+                f"{self._digests[row].hex()}; the tar is not the one that was recorded"
+            )
+        top, left, height, width, hflip = self._boxes[row].tolist()
+        try:
+            image = decode(data, self.max_pixels)
+        except ImageError as error:
+            raise DataDamage(
+                f"shard {self.shard!r} row {row}: {error}; it was readable when recorded"
+            ) from error
+        return cut(image, CropBox(top, left, height, width, bool(hflip)), *resolution)
+
+
+def _integers(table: pa.Table, columns: Sequence[str]) -> Indices:
+    """rows columns, 0 where null."""
+    return np.stack([table[name].cast(pa.int64()).fill_null(0).to_numpy() for name in columns], axis=1)
+
+
+def _read_commits(store: FeatureStore, shard: str, url: str, teachers: Sequence[str]) -> dict[str, Commit]:
+    commits = {teacher: store.commit(teacher, shard) for teacher in teachers}
+    folder, name = split_url(url)
+    size = open_objects(folder).size(name)
+    for teacher, commit in commits.items():
+        if size != commit.source.size:
+            raise UserError(
+                f"data: shard {shard!r} at {url!r} has {size} bytes, teacher {teacher!r} was recorded "
+                f"from a tar of {commit.source.size}; restore that tar, or record anew"
+            )
+    identities = {(commit.source.sha256, commit.views_sha256) for commit in commits.values()}
+    if len(identities) != 1:
+        raise DataDamage(
+            f"shard {shard!r}: its teachers {', '.join(teachers)} were recorded from different tars"
+        )
+    return commits
+
+
+def _rows_with_features(commits: Mapping[str, Commit]) -> Indices:
+    rows = next(iter(commits.values())).rows
+    without = set.intersection(*(set(commit.invalid_rows) for commit in commits.values()))
+    return np.setdiff1d(np.arange(rows), sorted(without))
+
+
+def _require_same_pixels(pixels: Mapping[str, str]) -> None:
+    for teacher, name in pixels.items():
+        if name != PIXELS:
+            raise UserError(
+                f"teacher: {teacher!r} was recorded with pixels {name!r}, this program makes {PIXELS!r}"
+            )
