@@ -1,0 +1,1 @@
+"""Rebroadcasting: parts in, student out."""
