@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from storage_schemas.errors import UserError
+from trainer.distributed import World, all_sum, barrier, launch, wrap
+
+RANKS = 2
+
+
+def _module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+
+
+def _images() -> torch.Tensor:
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _run_rank(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torchrun = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    with launch("cpu") as world:
+        module = wrap(_module(), world)
+        module(_images()[rank::RANKS]).square().mean().backward()
+        summed = all_sum(torch.tensor([1.0, rank]))
+        barrier()
+        found = {"rank": world.rank, "size": world.size, "sum": summed, "gradient": _gradient(module)}
+        torch.save(found, Path(out) / f"{rank}.pt")
+
+
+def _gradient(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_two_ranks_sum_and_average_as_one_would(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_run_rank, (_free_port(), str(tmp_path)), nprocs=RANKS)
+    module = _module()
+    module(_images()).square().mean().backward()
+    for rank in range(RANKS):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (found["rank"], found["size"]) == (rank, RANKS)
+        assert found["sum"].tolist() == [2.0, 1.0]
+        torch.testing.assert_close(found["gradient"], _gradient(module))
+
+
+def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with launch("cpu") as world:
+        assert world == World(0, 1, 0, torch.device("cpu"))
+        module, value = _module(), torch.ones(3)
+        barrier()
+        assert wrap(module, world) is module
+        summed = all_sum(value)
+        assert torch.equal(summed, value)
+        assert summed.data_ptr() != value.data_ptr()
+
+
+def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 'two'"), launch("cpu"):
+        pass

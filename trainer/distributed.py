@@ -1,0 +1,87 @@
+"""Ranks. The only module that imports torch.distributed; with one rank, everything here does nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from storage_schemas.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among `size`: its `rank`, its `local_rank` on its machine, the `device` it uses."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@contextmanager
+def launch(device: str = "auto") -> Iterator[World]:
+    """The world that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, or that of one process.
+
+    device: `auto` is cuda where there is one, else cpu. On cuda each local rank has its own device and nccl
+    joins them, on anything else gloo.
+    """
+    rank, size, local_rank = (_from_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    world = World(rank, max(size, 1), local_rank, _device(device, local_rank))
+    if world.size == 1:
+        yield world
+        return
+    if world.device.type == "cuda":
+        dist.init_process_group("nccl", device_id=world.device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, world: World) -> nn.Module:
+    """`module` with gradients averaged over ranks, if several; every step must use every parameter."""
+    if world.size == 1:
+        return module
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over ranks, on every rank, outside of autograd."""
+    total = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _from_torchrun(name: str) -> int:
+    value = os.environ.get(name, "0")
+    if not value.isdecimal():
+        raise UserError(f"environment variable {name} is {value!r}: torchrun sets a number")
+    return int(value)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
