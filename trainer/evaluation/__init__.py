@@ -1,0 +1,1 @@
+"""What a student is worth: measured on its features, on those of a teacher, and on the clock."""
