@@ -76,7 +76,7 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What the run took. `stored_bytes` is by teacher, `seconds` by stage, rates are views a second."""
+    """What the run took: bytes by teacher, seconds by stage, rates (above zero) in views a second."""
 
     stored_bytes: Mapping[str, int]
     seconds: Mapping[str, float]
