@@ -102,6 +102,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_of_one_step_the_one_that_replaced_the_other_counts(tmp_path: Path) -> None:
+    old = save_checkpoint(tmp_path, 5, **_state(1))
+    aside = old.rename(tmp_path / "step-00000005~")
+    assert newest_checkpoint(tmp_path) == aside
+    new = save_checkpoint(tmp_path / "elsewhere", 5, **_state(2)).rename(old)
+    assert newest_checkpoint(tmp_path) == new
+
+
 class Crash(BaseException):
     """What nothing catches."""
 

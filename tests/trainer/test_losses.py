@@ -121,6 +121,15 @@ def test_invalid_rows_do_not_leak() -> None:
     assert not with_nan.grad[~valid].any()
 
 
+def test_values_that_are_not_valid_are_not_looked_at() -> None:
+    values = torch.tensor([1.0, torch.nan, 3.0, torch.inf], requires_grad=True)
+    mean = mean_over_valid(values, torch.tensor([True, False, True, False]), 2)
+    mean.backward()
+    assert values.grad is not None
+    assert mean.item() == 2
+    assert values.grad.tolist() == [0.5, 0, 0.5, 0]
+
+
 def test_nothing_valid_costs_nothing_and_still_has_a_gradient() -> None:
     student = torch.randn(2, 3, 5, 16, requires_grad=True)
     target = torch.full((2, 3, 5, 16), torch.nan)
