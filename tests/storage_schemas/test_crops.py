@@ -102,13 +102,13 @@ def test_an_image_too_thin_for_the_ratio_gets_the_largest_central_crop() -> None
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("field", "value"),
     [
-        {"scale": (0.5, 0.2)},
-        {"scale": (0.0, 1.0)},
-        {"scale": (0.5, 1.5)},
-        {"ratio": (2.0, 1.0)},
-        {"hflip": 1.5},
+        ("scale", (0.5, 0.2)),
+        ("scale", (0.0, 1.0)),
+        ("scale", (0.5, 1.5)),
+        ("ratio", (2.0, 1.0)),
+        ("hflip", 1.5),
     ],
 )
 def test_wrong_bounds_are_refused(field: str, value: object) -> None:
