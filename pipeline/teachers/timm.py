@@ -89,7 +89,8 @@ def create_timm_teacher(model: str, weights: str, settings: dict[str, Any]) -> T
     summary = given.summary or ("cls" if _has_class_token(network) else "pooled")
     if summary == "cls" and not _has_class_token(network):
         raise UserError(f"summary: {model!r} has no normed class token; take 'mean' or 'pooled'")
-    output = _try(network, model, summary, height, width)
+    device = choose_device(given.device)
+    output = _try(network.to(device), model, summary, height, width)
     _, rows, columns, spatial_dim = output.spatial.shape
     spec = TeacherSpec(
         name=given.name or model.replace(".", "-"),
@@ -109,7 +110,7 @@ def create_timm_teacher(model: str, weights: str, settings: dict[str, Any]) -> T
         compute_dtype=given.compute_dtype,
         codec=given.codec,
     )
-    return TimmTeacher(network, spec, choose_device(given.device))
+    return TimmTeacher(network, spec, device)
 
 
 def extract_features(model: nn.Module, pixels: torch.Tensor, summary: str) -> TeacherOutput:
@@ -195,13 +196,14 @@ def _load_file(model: str, path: Path, build: dict[str, Any], reference: Any) ->
     heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
     body = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     try:
-        network: nn.Module = timm.create_model(
+        network: Any = timm.create_model(
             model, pretrained=True, pretrained_cfg_overlay={"state_dict": body, "num_classes": 0}, **build
         )
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         difference = first_difference(state, expected) or first_line(error)
         raise UserError(f"weights: {path.name!r} is not of {model!r}: {difference}") from error
-    return network
+    network.pretrained_cfg.pop("state_dict", None)  # else a second copy of the weights lives on
+    return network  # type: ignore[no-any-return]
 
 
 def _fetch(config: dict[str, Any]) -> Path:
@@ -218,11 +220,12 @@ def _fetch(config: dict[str, Any]) -> Path:
         ) from error
 
 
-def _try(network: nn.Module, model: str, summary: str, height: int, width: int) -> TeacherOutput:
+def _try(network: Any, model: str, summary: str, height: int, width: int) -> TeacherOutput:
     """One forward of a blank image, which measures grid and widths and finds what does not fit."""
     try:
         with torch.no_grad():
-            return extract_features(network.eval(), torch.zeros(1, 3, height, width), summary)
+            blank = torch.zeros(1, 3, height, width, device=next(network.parameters()).device)
+            return extract_features(network.eval(), blank, summary)
     except UserError:
         raise
     except _MISFITS as error:
