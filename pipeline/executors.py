@@ -139,7 +139,7 @@ def run_ray(config: ExtractConfig, queue: deque[Task], on_views: OnViews) -> Ite
             while queue and len(running) < settings.workers:
                 actor = idle.pop() if idle else remote.remote(config.model_dump_json(), threads)
                 task = queue.popleft()
-                running[actor.record.remote(task)] = (actor, task)
+                running[actor.record.remote(task)] = (actor, task)  # type: ignore[union-attr]
             [done], _ = ray.wait(list(running), num_returns=1)
             actor, task = running.pop(done)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +25,16 @@ class ExtractReport:
     recorded: int = 0
     views: int = 0
     bytes: int = 0
-    worker_seconds: float = 0.0
+    seconds: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
     invalid: Counter[str] = field(default_factory=Counter)
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        """Views through all the teachers that lacked them, from the first shard to the last."""
+        return self.views / self.seconds if self.seconds else 0.0
 
     def add(self, receipt: Receipt) -> None:
         """Count a shard that is done or given up."""
@@ -38,7 +44,6 @@ class ExtractReport:
         self.recorded += bool(receipt.committed)
         self.views += receipt.views
         self.bytes += receipt.bytes
-        self.worker_seconds += receipt.seconds
         self.statuses.update(receipt.statuses)
         self.invalid.update(receipt.invalid)
         for teacher, fidelity in receipt.fidelity.items():
@@ -49,9 +54,9 @@ class ExtractReport:
 def extract(
     config: ExtractConfig,
     shards: str = "*",
-    on_start: Callable[[ExtractReport, Plan], None] = lambda report, plan: None,
+    on_start: Callable[[Plan], None] = lambda plan: None,
     on_views: OnViews = lambda count: None,
-    on_shard: Callable[[Task, Receipt], None] = lambda task, receipt: None,
+    on_failure: Callable[[str], None] = lambda line: None,
 ) -> ExtractReport:
     """Record every source shard whose name matches `shards` and that lacks a commit for one of the teachers.
 
@@ -72,11 +77,15 @@ def extract(
     report = ExtractReport(shards=len(sources), already_done=len(sources) - len(queue))
     if not queue:
         return report
-    on_start(report, require_space(config, specs, {task.shard: task.url for task in queue}, committed))
+    on_start(require_space(config, specs, {task.shard: task.url for task in queue}, committed))
+    started = time.monotonic()
     for task, receipt in run(queue, on_views):
-        if receipt.retry and task.attempt < config.extract.attempts:
+        again = receipt.retry and task.attempt < config.extract.attempts
+        if receipt.error:
+            on_failure(f"attempt {task.attempt} of {config.extract.attempts}: {receipt.error}")
+        if again:
             queue.append(Task(task.shard, task.url, task.attempt + 1))
         else:
             report.add(receipt)
-        on_shard(task, receipt)
+    report.seconds = time.monotonic() - started
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -54,13 +55,17 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
         raise UserError(
             f"recipe: {str(path)!r} holds {type(recipe).__name__}, not sections: {', '.join(SECTIONS)}"
         )
+    return override_recipe(recipe, overrides)
+
+
+def override_recipe(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe with `key.key=value` overrides (values in YAML); UserError for a section that is none."""
+    recipe = deepcopy(recipe)
     for override in overrides:
         _apply(recipe, override)
     unknown = [str(key) for key in recipe if key not in SECTIONS]
     if unknown:
-        raise UserError(
-            f"recipe: unknown section {unknown[0]!r} in {str(path)!r}; there are {', '.join(SECTIONS)}"
-        )
+        raise UserError(f"recipe: unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     return recipe
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import TypeVar
 
@@ -169,9 +169,13 @@ class FeatureStore:
             )
         return digest
 
-    def moments(self, teacher: str) -> dict[str, Moments]:
-        """Moments of `summary` and of `spatial` (a sample of tokens) over a teacher's committed parts."""
-        parts = [self.part(teacher, shard).moments() for shard in self.shards(teacher)]
+    def moments(self, teacher: str, shards: Sequence[str] | None = None) -> dict[str, Moments]:
+        """Moments of `summary` and of `spatial` (a sample of tokens) over a teacher's committed parts.
+
+        shards: only these, if given. UserError if there is none.
+        """
+        chosen = self.shards(teacher) if shards is None else shards
+        parts = [self.part(teacher, shard).moments() for shard in chosen]
         if not parts:
             raise UserError(f"teacher: {teacher!r} has no recorded shard in {self.url!r}")
         return {name: Moments.merge(part[name] for part in parts) for name in ("summary", "spatial")}

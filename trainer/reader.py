@@ -16,18 +16,16 @@ from hashlib import sha256
 from itertools import count
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from storage_schemas.commits import Commit
-from storage_schemas.crops import CropBox
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import PIXELS, canonical_json
-from storage_schemas.objects import RangeReader, open_objects, split_url
+from storage_schemas.objects import open_objects, split_url
 from storage_schemas.parts import Part
-from storage_schemas.pixels import ImageError, cut, decode
+from storage_schemas.replay import CropReplay
 from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
 from trainer.order import ViewOrder, rank_slice
@@ -145,7 +143,7 @@ class TargetReader:
         views = np.stack([picks[:, 0], [self._rows[shard][place] for shard, place in picks]], axis=1)
         images = torch.empty(len(views), 3, *self.resolution, dtype=torch.uint8)
         for place, (shard, row) in enumerate(views):
-            images[place] = self._open(int(shard)).crop(int(row), self.resolution)
+            images[place] = self._open(int(shard)).replay.crop(int(row), self.resolution)
         targets = {name: self._targets(name, views) for name in self.teachers}
         valid = {
             name: torch.tensor([self._open(int(shard)).is_valid(name, int(row)) for shard, row in views])
@@ -174,15 +172,12 @@ class TargetReader:
 
 
 class _OpenShard:
-    """One source shard's open tar and parts, and the columns of its view table that replay needs."""
+    """One source shard's tar and parts, open."""
 
     def __init__(self, store: FeatureStore, url: str, commits: Mapping[str, Commit]) -> None:
         first = next(iter(commits.values()))
         table = store.committed_views(first)
-        self.shard = first.shard
-        self.max_pixels = store.manifest.max_pixels
-        folder, name = split_url(url)
-        self.tar = RangeReader(open_objects(folder), name)
+        self.replay = CropReplay(first.shard, url, table, store.manifest.max_pixels)
         self.parts = {
             teacher: Part(
                 store.objects,
@@ -193,36 +188,9 @@ class _OpenShard:
             for teacher, commit in commits.items()
         }
         self._invalid = {teacher: frozenset(commit.invalid_rows) for teacher, commit in commits.items()}
-        self._digests = table["digest"].to_pylist()
-        self._members = _integers(table, ("offset", "nbytes"))
-        self._boxes = _integers(table, ("top", "left", "crop_height", "crop_width", "hflip"))
 
     def is_valid(self, teacher: str, row: int) -> bool:
         return row not in self._invalid[teacher]
-
-    def crop(self, row: int, resolution: tuple[int, int]) -> torch.Tensor:
-        """uint8 3 height width: the view as the teachers saw it, but for the resolution."""
-        offset, nbytes = self._members[row].tolist()
-        data = self.tar.read(offset, nbytes)
-        digest = sha256(data).digest()[:16]
-        if digest != self._digests[row]:
-            raise DataDamage(
-                f"shard {self.shard!r} row {row}: image has digest {digest.hex()}, recorded "
-                f"{self._digests[row].hex()}; the tar is not the one that was recorded"
-            )
-        top, left, height, width, hflip = self._boxes[row].tolist()
-        try:
-            image = decode(data, self.max_pixels)
-        except ImageError as error:
-            raise DataDamage(
-                f"shard {self.shard!r} row {row}: {error}; it was readable when recorded"
-            ) from error
-        return cut(image, CropBox(top, left, height, width, bool(hflip)), *resolution)
-
-
-def _integers(table: pa.Table, columns: Sequence[str]) -> Indices:
-    """rows columns, 0 where null."""
-    return np.stack([table[name].cast(pa.int64()).fill_null(0).to_numpy() for name in columns], axis=1)
 
 
 def _read_commits(store: FeatureStore, shard: str, url: str, teachers: Sequence[str]) -> dict[str, Commit]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,14 @@ def _sum(valid: torch.Tensor) -> torch.Tensor:
     return torch.ones((), device=valid.device)
 
 
-def mean_predictor(store: FeatureStore, teachers: list[str], device: torch.device) -> Predict:
-    """Answers every view, and every place in it, with the teacher's mean: what a student must beat to know
-    anything.
+def mean_predictor(
+    store: FeatureStore, teachers: Sequence[str], shards: Sequence[str], device: torch.device
+) -> Predict:
+    """Answers every view, and every place in it, with the teacher's mean over some shards.
+
+    What a student must beat to have learned anything about pictures.
     """
-    means = {name: {kind: m.mean for kind, m in store.moments(name).items()} for name in teachers}
+    means = {name: {kind: m.mean for kind, m in store.moments(name, shards).items()} for name in teachers}
     grids = {name: store.spec(name).grid for name in teachers}
 
     def predict(images: torch.Tensor) -> dict[str, TeacherOutput]:

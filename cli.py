@@ -1,0 +1,408 @@
+"""The command line: each command parses, calls one function, and prints.
+
+Exit 0: done. 1: it ran, but something failed and is listed. 2: wrong input, with one line that names it.
+Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from storage_schemas.errors import DataDamage, UserError
+from storage_schemas.recipe import read_recipe
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Record teachers once. Rebroadcast them to every student.",
+)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a student, and the teachers it learned from.")
+app.add_typer(evaluate, name="eval")
+
+# Where there is no terminal there is no width to fit: tables are written whole.
+out, err = Console(width=None if sys.stdout.isatty() else 200), Console(stderr=True, soft_wrap=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see docs/recipes.md.")]
+Subject = Annotated[
+    Path, typer.Argument(metavar="RECIPE_OR_CHECKPOINT", help="A recipe, or a checkpoint's folder.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="key=value", help="Override a key of the recipe.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+StoreUrl = Annotated[
+    str, typer.Argument(metavar="STORE", help="A folder, or an s3://, gs:// or memory:// URL.")
+]
+
+PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def command(group: typer.Typer) -> Callable[[Function], Function]:
+    """A command whose failures become exit codes."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except UserError as error:
+                err.print(f"error: {error}", style="red", highlight=False, markup=False)
+                raise typer.Exit(2) from None
+            except DataDamage as error:
+                err.print(f"damaged: {error}", style="red", highlight=False, markup=False)
+                raise typer.Exit(1) from None
+
+        group.command(name=function.__name__)(run)
+        return function
+
+    return decorate
+
+
+@command(app)
+def extract(
+    recipe: RecipePath,
+    executor: Annotated[
+        Literal["auto", "inline", "ray"] | None, typer.Option(help="Where shards are recorded.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray actors.")] = None,
+    teachers: Annotated[str, typer.Option(metavar="a,b", help="Only these teachers.")] = "",
+    shards: Annotated[str, typer.Option(metavar="GLOB", help="Only source shards with such names.")] = "*",
+    overrides: Overrides = [],
+    as_json: AsJson = False,
+) -> None:
+    """Record the teachers' features of every source shard that lacks them. Run it again to go on."""
+    from pipeline.config import ExtractConfig
+    from pipeline.extract import extract as run
+
+    given = {"executor": executor, "workers": workers}
+    flags = [f"extract.{name}={value}" for name, value in given.items() if value is not None]
+    config = ExtractConfig.from_recipe(read_recipe(recipe, [*overrides, *flags]))
+    if teachers:
+        config = config.select(teachers.split(","))
+    with _progress("recording", "views") as (advance, start):
+        report = run(
+            config,
+            shards,
+            on_start=lambda plan: start(plan.rows),
+            on_views=advance,
+            on_failure=lambda line: err.print(line, style="red", highlight=False, markup=False),
+        )
+    if as_json:
+        out.print_json(json.dumps({**asdict(report), "images_per_second": report.images_per_second}))
+    else:
+        _print_facts(_extract_facts(report))
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _extract_facts(report: Any) -> dict[str, str]:
+    statuses = sorted(report.statuses.items())
+    facts = {
+        "shards": f"{report.recorded} recorded, {report.already_done} were done, {len(report.failed)} failed",
+        "views": ", ".join([f"{report.views:,}", *(f"{count:,} {name}" for name, count in statuses)]),
+        "bytes": f"{report.bytes:,}",
+        "views a second": f"{report.images_per_second:.1f}",
+    }
+    facts |= {f"{name}: invalid rows": str(count) for name, count in report.invalid.items() if count}
+    facts |= {
+        f"{name}: cosine after the codec": f"{value['cosine_mean']:.5f} mean, {value['cosine_min']:.5f} least"
+        for name, value in report.fidelity.items()
+    }
+    return facts | {f"failed: {shard}": why for shard, why in report.failed.items()}
+
+
+@command(app)
+def plan(
+    recipe: RecipePath,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, help="Views a second that your machines make.")
+    ] = None,
+    trial: Annotated[int, typer.Option(min=0, help="Measure the rate here over so many images.")] = 0,
+    overrides: Overrides = [],
+    as_json: AsJson = False,
+) -> None:
+    """What recording will cost, before it starts; exit 1 if the free space does not suffice."""
+    from pipeline.config import ExtractConfig
+    from pipeline.plan import make_plan
+
+    made = make_plan(ExtractConfig.from_recipe(read_recipe(recipe, overrides)), rate, trial)
+    if as_json:
+        out.print_json(
+            json.dumps({**asdict(made), "bytes": made.bytes, "hours": made.hours, "fits": made.fits})
+        )
+    else:
+        table = Table("teacher", "GFLOPs a view", "bytes a view", "bytes", "objects")
+        for cost in made.teachers:
+            cells = (f"{cost.gflops:.2f}", f"{cost.bytes_a_view:,}", f"{cost.bytes:,}", f"{cost.objects:,}")
+            table.add_row(cost.name, *cells)
+        out.print(table)
+        _print_facts(
+            {
+                "source shards": f"{made.shards:,}",
+                "rows": f"{made.rows:,}" + ("" if made.exact else " (estimated from a sample of the shards)"),
+                "bytes": f"{made.bytes:,}",
+                "free": "no limit known" if made.free_bytes is None else f"{made.free_bytes:,}",
+                "hours": f"{made.hours:.2f}" if made.hours is not None else "unknown: give --rate or --trial",
+                "space": "suffices" if made.fits else "does not suffice: `extract` will refuse to start",
+            }
+        )
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+@command(app)
+def train(
+    recipe: RecipePath,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overrides: Overrides = [],
+) -> None:
+    """Train the recipe's student from the store. Under torchrun, every rank runs this."""
+    from trainer.config import TrainConfig
+    from trainer.train import train as run
+
+    sections = read_recipe(recipe, overrides)
+    steps = TrainConfig.from_recipe(sections).training.steps
+    with _progress("training", "steps") as (advance, start):
+        checkpoint = run(sections, resume, on_metrics=_show_metrics(advance, start, steps))
+    out.print(str(checkpoint), highlight=False)
+
+
+def _show_metrics(advance: Advance, start: Start, steps: int) -> Callable[[Any], None]:
+    done = 0
+
+    def show(metrics: Any) -> None:
+        nonlocal done
+        if not done:
+            start(steps)
+        rate, wait = metrics.images_per_second, metrics.data_wait
+        text = f"loss {metrics.loss:.4f}, {rate:.0f} views/s, {wait:.0%} waiting"
+        advance(metrics.step - done, text)
+        done = metrics.step
+
+    return show
+
+
+@command(evaluate)
+def knn(subject: Subject, overrides: Overrides = [], as_json: AsJson = False) -> None:
+    """k-NN accuracy of each teacher, straight from the store, and of the student, on labelled images."""
+    from trainer.evaluation.subject import Subject as Loaded
+
+    with _progress("k-NN", "views") as (advance, _):
+        result = Loaded.load(subject, overrides).knn(advance)
+    _print_result(result, as_json, "top-1")
+
+
+@command(evaluate)
+def distance(subject: Subject, overrides: Overrides = [], as_json: AsJson = False) -> None:
+    """Loss of the student and of a constant against each teacher, on the held-out views."""
+    from trainer.evaluation.subject import Subject as Loaded
+
+    with _progress("distance", "views") as (advance, _):
+        result = Loaded.load(subject, overrides).distance(advance)
+    _print_result(result, as_json, "distance")
+
+
+@command(evaluate)
+def throughput(
+    subject: Subject,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    overrides: Overrides = [],
+    as_json: AsJson = False,
+) -> None:
+    """Images a second of the student's forward pass, with all that the figure depends on."""
+    from trainer.evaluation.subject import Subject as Loaded
+
+    result = Loaded.load(subject, overrides).throughput(batch_size)
+    _print_result(result, as_json, "value")
+
+
+@command(app)
+def verify(
+    store: StoreUrl,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also run the teachers again on a sample of views.")
+    ] = False,
+    sample: Annotated[int, typer.Option(min=1, help="Views a teacher for --deep.")] = 32,
+) -> None:
+    """Check every digest and row count of a store; exit 1 and a line for each thing that does not hold."""
+    from pipeline.verify import verify_deep
+    from storage_schemas.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    commits = [(teacher, shard) for teacher in opened.teachers() for shard in opened.shards(teacher)]
+    problems: list[str] = []
+    with _progress("verifying", "parts") as (advance, start):
+        start(len(commits))
+        for teacher, shard in commits:
+            problems += opened.verify(teacher, shard)
+            advance(1)
+    if deep and not problems:
+        for teacher in opened.teachers():
+            problems += verify_deep(opened, teacher, sample)
+    for problem in problems:
+        out.print(problem, highlight=False, markup=False)
+    checked = f"{len(commits)} parts of {len(opened.teachers())} teachers"
+    out.print(f"{checked}: {len(problems)} problems" if problems else f"{checked}: all as recorded")
+    if problems:
+        raise typer.Exit(1)
+
+
+@command(app)
+def inspect(store: StoreUrl, as_json: AsJson = False) -> None:
+    """What a store holds: teachers, shards, rows, invalid rows with their reasons, bytes, codecs."""
+    from storage_schemas.inspection import inspect_store
+    from storage_schemas.store import FeatureStore
+
+    found = inspect_store(FeatureStore.open(store))
+    if as_json:
+        out.print_json(json.dumps(asdict(found)))
+        return
+    table = Table("teacher", "model", "weights", "grid", "codec", "shards", "rows", "invalid", "bytes")
+    for entry in found.teachers:
+        spec = entry.spec
+        grid = f"{spec['grid']['height']}×{spec['grid']['width']}×{spec['spatial_dim']}"
+        counts = (f"{entry.shards:,}", f"{entry.rows:,}", f"{entry.invalid_rows:,}", f"{entry.bytes:,}")
+        table.add_row(entry.name, spec["model"], spec["weights"], grid, spec["codec"], *counts)
+    out.print(table)
+    facts = {"view tables": f"{found.shards:,}", "views": f"{found.views:,}"}
+    facts |= {f"status {name}": f"{count:,}" for name, count in found.statuses.items()}
+    facts |= {f"{count:,} ×": reason for reason, count in found.errors.items()}
+    facts["attempts that do not count"] = f"{found.garbage:,} (`rebroadcast gc` removes them)"
+    _print_facts(facts)
+
+
+@command(app)
+def gc(
+    store: StoreUrl,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours; younger attempts may be at work.")] = 24.0,
+) -> None:
+    """Remove attempts that no commit names."""
+    from storage_schemas.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    found = opened.garbage(older_than * 3600)
+    for path in found:
+        opened.objects.delete_folder(path)
+        out.print(path, highlight=False)
+    out.print(f"{len(found)} attempts removed")
+
+
+@command(app)
+def demo(
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where everything goes.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Record two teachers over real photographs, train a small student, and write a report."""
+    from pipeline.config import ExtractConfig
+    from pipeline.extract import extract as record
+    from pipeline.photographs import write_photograph_shards
+    from trainer.evaluation.report import write_report
+    from trainer.evaluation.showcase import make_showcase
+    from trainer.train import train as run
+
+    recipe = Path(__file__).parent / "recipes" / "demo.yaml"
+    places = {
+        "store.url": "store",
+        "data.train": "shards/train-*.tar",
+        "data.held_out": "shards/held-out-*.tar",
+    }
+    places["training.output"] = "student"
+    sections = read_recipe(
+        recipe, [f"{key}={json.dumps(str(folder / place))}" for key, place in places.items()]
+    )
+    write_photograph_shards(folder / "shards")
+    began = time.monotonic()
+    with _progress("recording", "views") as (advance, start):
+        recorded = record(
+            ExtractConfig.from_recipe(sections), on_start=lambda plan: start(plan.rows), on_views=advance
+        )
+    if recorded.failed:
+        raise DataDamage("; ".join(recorded.failed.values()))
+    extracted = time.monotonic()
+    with _progress("training", "steps") as (advance, start):
+        checkpoint = run(sections, True, _show_metrics(advance, start, sections["training"]["steps"]))
+    seconds = {"record": extracted - began, "train": time.monotonic() - extracted}
+    report = make_showcase(sections, checkpoint, seconds, recorded.images_per_second)
+    write_report(report, folder / "report.html")
+    for found in report.distances:
+        text = (
+            f"{found.before:.3f} untrained, {found.after:.3f} trained, {found.mean_predictor:.3f} a constant"
+        )
+        out.print(f"held-out spatial distance to {found.teacher}: {text}", highlight=False)
+    out.print(f"report: {folder / 'report.html'}", highlight=False)
+
+
+Advance = Callable[..., None]
+Start = Callable[[int], None]
+
+
+@contextmanager
+def _progress(description: str, unit: str) -> Iterator[tuple[Advance, Start]]:
+    """(advance(count, text), start(total)): a bar on a terminal, else a plain line every ten seconds."""
+    if not err.is_terminal:
+        yield _plain_progress(description, unit)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task(description, total=None)
+
+        def advance(count: int, text: str = "") -> None:
+            bar.update(task, advance=count, description=f"{description} {text}".rstrip())
+
+        yield advance, lambda total: bar.update(task, total=total)
+
+
+def _plain_progress(description: str, unit: str) -> tuple[Advance, Start]:
+    state = {"done": 0, "total": 0, "said": time.monotonic()}
+
+    def advance(count: int, text: str = "") -> None:
+        state["done"] += count
+        finished = state["done"] == state["total"]
+        if finished or time.monotonic() - state["said"] >= PLAIN_SECONDS:
+            state["said"] = time.monotonic()
+            of = f" of {state['total']:,}" if state["total"] else ""
+            print(f"{description}: {state['done']:,}{of} {unit} {text}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance, lambda total: state.update(total=total)
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    for name, value in facts.items():
+        out.print(f"{name}: {value}", highlight=False, markup=False)
+
+
+def _print_result(rows: dict[str, Any], as_json: bool, column: str) -> None:
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("", column)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    out.print(table)
+
+
+if __name__ == "__main__":
+    app()

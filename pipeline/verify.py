@@ -1,0 +1,88 @@
+"""Deep verification: run a recorded teacher again on a sample of views and compare with what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from pipeline.teachers import Teacher, create_teacher
+from storage_schemas.commits import Commit
+from storage_schemas.errors import UserError
+from storage_schemas.manifest import TeacherSpec
+from storage_schemas.replay import CropReplay
+from storage_schemas.store import FeatureStore
+
+# |stored - again| / |again| of a view, which differs by rounding and by the batch it was computed in; a wrong
+# crop or a wrong image gives 0.3 and more.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.05, "float16": 0.05}
+INT8_TOLERANCE = 0.05
+
+
+def verify_deep(store: FeatureStore, teacher: str, views: int) -> list[str]:
+    """Compare about `views` valid views of a teacher, spread over its shards; a line for each that differs.
+
+    UserError if the weights or a source tar cannot be found where they were when the store was recorded.
+    """
+    spec = store.spec(teacher)
+    again = recreate(spec)
+    commits = [store.commit(teacher, shard) for shard in store.shards(teacher)]
+    step = max(1, sum(commit.valid_rows for commit in commits) // views)
+    return [problem for commit in commits for problem in _compare(store, again, commit, step)]
+
+
+def recreate(spec: TeacherSpec) -> Teacher:
+    """The teacher that a spec describes; UserError, naming the fields, if it is no longer the same."""
+    weights, _, seed = spec.weights.partition(":seed=")
+    settings = {"seed": int(seed)} if weights == "random" else {}
+    again = create_teacher(
+        spec.family,
+        spec.model,
+        weights="hub" if weights.startswith("hub:") else weights,
+        name=spec.name,
+        resolution=(spec.height, spec.width),
+        pixel_mean=spec.pixel_mean,
+        pixel_std=spec.pixel_std,
+        summary=spec.summary,
+        compute_dtype=spec.compute_dtype,
+        codec=spec.codec,
+        **settings,
+    )
+    if again.spec.fingerprint != spec.fingerprint:
+        raise UserError(f"teacher: {spec.name!r} cannot be made again: {_difference(spec, again.spec)}")
+    return again
+
+
+def _difference(old: TeacherSpec, new: TeacherSpec) -> str:
+    before, now = old.model_dump(), new.model_dump()
+    return "; ".join(
+        f"{key}: stored {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]
+    )
+
+
+def _compare(store: FeatureStore, teacher: Teacher, commit: Commit, step: int) -> Iterator[str]:
+    spec, part = teacher.spec, store.part(commit.teacher, commit.shard)
+    views = store.committed_views(commit)
+    replay = CropReplay(commit.shard, commit.source.url, views, store.manifest.max_pixels)
+    tolerance = max(TOLERANCE[spec.compute_dtype], INT8_TOLERANCE if spec.codec == "int8" else 0.0)
+    valid = np.setdiff1d(np.arange(commit.rows), commit.invalid_rows)
+    summary = np.empty((1, spec.summary_dim), np.float16)
+    spatial = np.empty((1, spec.grid.height, spec.grid.width, spec.spatial_dim), np.float16)
+    for row in valid[::step].tolist():
+        output = teacher(replay.crop(row, (spec.height, spec.width))[None])
+        part.read_summary([row], summary)
+        part.read_spatial([row], spatial)
+        for kind, stored, again in (
+            ("summary", summary, output.summary),
+            ("spatial", spatial, output.spatial),
+        ):
+            error = _relative_error(torch.from_numpy(stored), again)
+            if not error <= tolerance:
+                where = f"shard {commit.shard!r}, teacher {spec.name!r}, row {row}"
+                yield f"{where}: {kind} differs by {error:.3f} of its norm when run again (limit {tolerance})"
+
+
+def _relative_error(stored: torch.Tensor, again: torch.Tensor) -> float:
+    again = again.double().cpu()
+    return float((stored.double() - again).norm() / again.norm().clamp(min=1e-12))
