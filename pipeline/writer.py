@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from storage_schemas.commits import Commit, ObjectDigest, SourceTar
@@ -24,16 +24,14 @@ from storage_schemas.manifest import TeacherSpec
 from storage_schemas.parts import ShardBuffer, row_arrays, write_metadata, write_small
 from storage_schemas.store import FeatureStore, digest_object
 
-MOMENT_VECTORS = (
-    2048  # gathered before a covariance is computed: one large product instead of many small ones
-)
+MOMENT_VECTORS = 2048  # gathered for one product, instead of many small ones
 
 
 class PartWriter:
     """Takes a shard's features in row order and leaves a complete part; `commit` makes it count.
 
     Each object is put as soon as its rows are there, then read back and digested in a thread while the next
-    one fills: at most two objects an array are in memory.
+    one fills: at most three objects an array are in memory.
     """
 
     def __init__(self, store: FeatureStore, spec: TeacherSpec, shard: str, rows: int) -> None:
@@ -48,7 +46,7 @@ class PartWriter:
         self._valid = np.zeros(rows, dtype=bool)
         self._written = 0
         self._committed = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="put")
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="put")
         self._puts: list[Future[ObjectDigest]] = []
         self._moments = {
             "summary": _MomentGatherer(spec.summary_dim),
@@ -82,7 +80,7 @@ class PartWriter:
             values, first = values[count:], first + count
 
     def _put(self, buffer: ShardBuffer) -> None:
-        for pending in self._puts[-1:]:
+        for pending in self._puts[-2:-1]:
             pending.result()
         self._puts.append(self._pool.submit(self._put_and_digest, buffer))
 
@@ -91,11 +89,11 @@ class PartWriter:
         path = f"{self.path}/{buffer.path}"
         self.store.objects.put(path, data)
         size, digest = digest_object(self.store.objects, path)
-        if (size, digest) != (len(data), sha256(data.data).hexdigest()):
+        if (size, digest) != (len(data), blake3(data.data).hexdigest()):
             raise DataDamage(
-                f"shard {self.shard!r}: object {path!r} read back with {size} bytes, sha256 {digest}"
+                f"shard {self.shard!r}: object {path!r} read back with {size} bytes, blake3 {digest}"
             )
-        return ObjectDigest(path=buffer.path, size=size, sha256=digest)
+        return ObjectDigest(path=buffer.path, size=size, blake3=digest)
 
     def _measure(self, output: TeacherOutput, packed: PackedFeatures, first: int) -> None:
         stored = packed.restored()
@@ -139,7 +137,7 @@ class PartWriter:
             name = path.removeprefix(f"{self.path}/")
             if name not in done:
                 size, digest = digest_object(self.store.objects, path)
-                rest.append(ObjectDigest(path=name, size=size, sha256=digest))
+                rest.append(ObjectDigest(path=name, size=size, blake3=digest))
         return known + rest
 
     def _mean_fidelity(self) -> dict[str, float]:

@@ -10,13 +10,13 @@ from storage_schemas.objects import Objects
 
 
 class ObjectDigest(Frozen):
-    """An object of a part: its path below the part, and the size and SHA-256 of what was read back after
-    writing.
+    """An object of a part: its path below the part, and the size and BLAKE3 of what was read back after
+    writing (BLAKE3 because SHA-256, four times slower, would be what bounds the writing).
     """
 
     path: str
     size: int
-    sha256: str
+    blake3: str
 
 
 class SourceTar(Frozen):

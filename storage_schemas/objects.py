@@ -1,8 +1,9 @@
 """Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
 
 Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is
-renamed or appended to. A put is atomic, so a killed process leaves an object whole or absent; files are not
-fsynced, so after a power loss the digests tell what is missing.
+renamed or appended to. A put is atomic, so a killed process leaves an object whole or absent (locally perhaps
+with `<object>#<n>` beside it, which no listing shows). Files are not fsynced: after a power loss the digests
+tell what is missing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import braceexpand
+import numpy as np
 import obstore
+from numpy.typing import NDArray
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
 from zarr.storage import ObjectStore
@@ -26,6 +29,11 @@ from zarr.storage import ObjectStore
 from storage_schemas.errors import DataDamage, UserError
 
 REMOTE_SCHEMES = ("s3", "gs")
+
+StorageError = BaseError  # of an object store or a file system; one that is no missing object, and may pass
+PIECE_BYTES = 4 << 20
+
+Bytes = NDArray[np.uint8]
 
 _memory: dict[str, MemoryStore] = {}
 
@@ -65,8 +73,15 @@ class Objects:
         return True
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The object in pieces of a few MiB."""
-        yield from (bytes(piece) for piece in obstore.get(self._store, path).stream(min_chunk_size=4 << 20))
+        """The object in pieces of a few MiB; FileNotFoundError if there is none."""
+        if self.root is None:
+            yield from map(bytes, obstore.get(self._store, path).stream(min_chunk_size=PIECE_BYTES))
+            return
+        with (self.root / path).open(
+            "rb", buffering=0
+        ) as file:  # obstore's stream of a file is many times slower
+            while piece := file.read(PIECE_BYTES):
+                yield piece
 
     def size(self, path: str) -> int | None:
         """Bytes of an object, None if there is none."""
@@ -113,32 +128,46 @@ class Objects:
         return shutil.disk_usage(folder).free
 
 
-def open_objects(url: str, *, create: bool = False) -> Objects:
-    """The objects below a local path, or a file://, s3://, gs:// or memory:// URL."""
-    parts = urlsplit(url)
-    if parts.scheme in ("", "file"):
-        root = Path(parts.path if parts.scheme else url).absolute()
+def open_objects(url: str, *, create: bool = False, field: str = "url") -> Objects:
+    """The objects below a local path, or a file://, s3://, gs:// or memory:// URL. UserError names `field`.
+
+    A memory:// URL is a place of its own in this process: memory://a/b is not below memory://a.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme in ("", "file"):
+        root = Path(unquote(url[len("file://") :]) or "/" if scheme else url).absolute()
+        if scheme and not url.startswith("file:///"):
+            raise UserError(f"{field}: {url!r} must be file:// and an absolute path")
         if create:
-            root.mkdir(parents=True, exist_ok=True)
+            _make_folder(root, url, field)
         if not root.is_dir():
-            raise UserError(f"url: {url!r} is no folder")
+            raise UserError(f"{field}: {url!r} is no folder")
         return Objects(url, LocalStore(root), root)
-    if parts.scheme == "memory":
+    if scheme == "memory":
         return Objects(url, _memory.setdefault(url.rstrip("/"), MemoryStore()))
-    if parts.scheme in REMOTE_SCHEMES:
+    if scheme in REMOTE_SCHEMES:
         try:
             return Objects(url, from_url(url))
         except BaseError as error:
-            raise UserError(f"url: {url!r} cannot be opened: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{field}: {url!r} cannot be opened: {str(error).splitlines()[0]}") from error
     raise UserError(
-        f"url: {url!r} has scheme {parts.scheme!r}; use a local path, file://, s3://, gs:// or memory://"
+        f"{field}: {url!r} has scheme {scheme!r}; use a local path, file://, s3://, gs:// or memory://"
     )
+
+
+def _make_folder(root: Path, url: str, field: str) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{field}: {url!r} cannot be a folder: {error.strerror}") from error
 
 
 def split_url(url: str) -> tuple[str, str]:
     """The folder and the name of an object's URL."""
     folder, separator, name = url.rpartition("/")
-    return (folder or ("/" if separator else "."), name)
+    if folder in ("", "file://"):
+        folder += "/" if separator else "."
+    return folder, name
 
 
 def shard_name(url: str) -> str:
@@ -151,7 +180,8 @@ def expand_shards(patterns: Sequence[str], field: str = "data") -> dict[str, str
     (`{00..99}`).
     """
     found: dict[str, str] = {}
-    for url in (url for pattern in patterns for url in _expand(pattern, field)):
+    listings: dict[str, list[str]] = {}
+    for url in (url for pattern in patterns for url in _expand(pattern, field, listings)):
         name = shard_name(url)
         if not name or not set(name) <= _NAME_CHARACTERS or name.startswith("."):
             raise UserError(
@@ -165,16 +195,25 @@ def expand_shards(patterns: Sequence[str], field: str = "data") -> dict[str, str
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
-def _expand(pattern: str, field: str) -> Iterator[str]:
-    for url in braceexpand.braceexpand(pattern):
+def _expand(pattern: str, field: str, listings: dict[str, list[str]]) -> Iterator[str]:
+    for url in _expand_braces(pattern, field):
         folder, name = split_url(url)
         if not name.endswith(".tar"):
             raise UserError(f"{field}: {url!r} does not name a .tar file")
-        objects = open_objects(folder)
-        names = fnmatch.filter(objects.names()[1], name) if set(name) & set("*?[") else [name]
-        if not names or objects.size(names[0]) is None:
+        if folder not in listings:
+            listings[folder] = open_objects(folder, field=field).names()[1]
+        there = listings[folder]
+        names = fnmatch.filter(there, name) if set(name) & set("*?[") else [name] if name in there else []
+        if not names:
             raise UserError(f"{field}: {url!r} matches no tar")
         yield from (f"{folder.rstrip('/')}/{name}" for name in names)
+
+
+def _expand_braces(pattern: str, field: str) -> Iterator[str]:
+    try:
+        yield from braceexpand.braceexpand(pattern)
+    except braceexpand.UnbalancedBracesError as error:
+        raise UserError(f"{field}: {pattern!r} has unbalanced braces") from error
 
 
 @contextmanager
@@ -222,34 +261,39 @@ class RangeReader:
             data = os.pread(self._descriptor, nbytes, start)
         else:
             data = bytes(self._objects.get_ranges(self._path, [start], nbytes)[0])
-        if len(data) != nbytes:
-            raise DataDamage(
-                f"{self._objects.url}/{self._path}: ends at byte {start + len(data)}, not {start + nbytes}"
-            )
+        self._require(start, len(data), nbytes)
         return data
 
-    def read_records(self, starts: Sequence[int], targets: Sequence[Any], trailers: Sequence[Any]) -> None:
-        """Fill targets[i] and then trailers[i] (equal sizes for all i) with the bytes from starts[i] on."""
-        body, tail = len(memoryview(targets[0]).cast("B")), len(memoryview(trailers[0]).cast("B"))
+    def read_records(
+        self, starts: Sequence[int], targets: Sequence[Bytes], trailers: Sequence[Bytes]
+    ) -> Iterator[int]:
+        """Fill targets[i] and then trailers[i] (equal sizes for all i) with the bytes from starts[i] on.
+
+        Yields each i as it is filled, so that a checksum finds the bytes still in the processor's cache.
+        """
+        nbytes = len(targets[0]) + len(trailers[0])
         if self._descriptor >= 0:
-            done = [
-                os.preadv(self._descriptor, pair[1:], pair[0])
-                for pair in zip(starts, targets, trailers, strict=True)
-            ]
-        else:
-            done = []
-            buffers = self._objects.get_ranges(self._path, starts, body + tail)
-            for buffer, target, trailer in zip(buffers, targets, trailers, strict=True):
-                view = memoryview(buffer)
-                done.append(len(view))
-                if len(view) == body + tail:
-                    memoryview(target).cast("B")[:] = view[:body]
-                    memoryview(trailer).cast("B")[:] = view[body:]
-        for start, count in zip(starts, done, strict=True):
-            if count != body + tail:
-                raise DataDamage(
-                    f"{self._objects.url}/{self._path}: {count} of {body + tail} bytes at {start}"
-                )
+            for i, start in enumerate(starts):
+                count = os.preadv(self._descriptor, (targets[i], trailers[i]), start)  # type: ignore[arg-type]
+                self._require(start, count, nbytes)
+                yield i
+            return
+        for i, buffer in enumerate(self._objects.get_ranges(self._path, starts, nbytes)):
+            record = np.frombuffer(buffer, dtype=np.uint8)
+            self._require(starts[i], len(record), nbytes)
+            targets[i][:] = record[: len(targets[i])]
+            trailers[i][:] = record[len(targets[i]) :]
+            yield i
+
+    def _require(self, start: int, count: int, wanted: int) -> None:
+        if count != wanted:
+            raise DataDamage(f"{self._objects.url}/{self._path}: {count} of {wanted} bytes at {start}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Let go of the file descriptor, if there is one."""

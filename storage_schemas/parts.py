@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
 import zarr
+from awscrt import checksums
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
@@ -26,13 +26,12 @@ from storage_schemas.commits import Commit
 from storage_schemas.errors import DataDamage
 from storage_schemas.features import Moments, dequantize
 from storage_schemas.manifest import TeacherSpec
-from storage_schemas.objects import Objects, RangeReader
+from storage_schemas.objects import Bytes, Objects, RangeReader
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 192 << 20
 CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)  # in a Zarr shard index: no such inner chunk
 
-Bytes = NDArray[np.uint8]
 Rows = Sequence[NDArray[Any]] | NDArray[Any]  # contiguous arrays of one row each, or one array of them
 
 
@@ -61,7 +60,7 @@ class RowArray:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of one object: up to 256 MiB, all rows if they fit."""
+        """Rows of one object: up to 192 MiB, all rows if they fit."""
         return max(1, min(self.rows, SHARD_BYTES // self.stride))
 
     @property
@@ -104,16 +103,13 @@ def part_bytes(spec: TeacherSpec, rows: int) -> int:
 def part_objects(spec: TeacherSpec, rows: int) -> int:
     """How many objects a part is: chunk data and metadata."""
     arrays = row_arrays(spec, rows)
-    return (
-        sum(array.shards + 1 for array in arrays) + 2 + 2 * 5
-    )  # two groups; `valid` and four arrays of moments
+    small = 2 + 2 * 5  # the metadata of two groups; `valid` and four arrays of moments
+    return sum(array.shards + 1 for array in arrays) + small
 
 
 def crc32c(data: Any) -> int:
     """CRC-32C of a contiguous buffer."""
-    view = np.frombuffer(data, dtype=np.uint8).view()
-    view.flags.writeable = False  # the C extension takes only what cannot change
-    return int(google_crc32c.value(view))
+    return int(checksums.crc32c(data))
 
 
 class ShardBuffer:
@@ -265,13 +261,16 @@ class Part:
             places = np.flatnonzero(shards == shard).tolist()
             starts = [rows[place] % array.shard_rows * array.stride for place in places]
             file = self._file(array, int(shard))
-            file.read_records(starts, [raw[place] for place in places], [stored[place] for place in places])
-        for place, row in enumerate(rows):
-            wanted, found = int(stored[place].view("<u4")[0]), crc32c(raw[place])
-            if wanted != found:
-                raise DataDamage(
-                    f"{self._place} row {row} of {name!r}: crc32c stored {wanted:08x}, read {found:08x}"
-                )
+            targets, trailers = [raw[place] for place in places], [stored[place] for place in places]
+            for record in file.read_records(starts, targets, trailers):
+                self._check(name, rows[places[record]], targets[record], trailers[record])
+
+    def _check(self, name: str, row: int, values: Bytes, checksum: Bytes) -> None:
+        wanted, found = int(checksum.view("<u4")[0]), crc32c(values)
+        if wanted != found:
+            raise DataDamage(
+                f"{self._place} row {row} of {name!r}: crc32c stored {wanted:08x}, read {found:08x}"
+            )
 
     def _file(self, array: RowArray, shard: int) -> RangeReader:
         path = array.object_path(shard)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+from blake3 import blake3
 from pydantic import BaseModel, ValidationError
 
 from storage_schemas.commits import Commit, ObjectDigest, read_commit, write_commit
@@ -198,8 +199,8 @@ class FeatureStore:
         except FileNotFoundError:
             yield f"{where} is missing"
             return
-        if found != (entry.size, entry.sha256):
-            yield f"{where} has {found[0]} bytes, sha256 {found[1]}; committed {entry.size}, {entry.sha256}"
+        if found != (entry.size, entry.blake3):
+            yield f"{where} has {found[0]} bytes, blake3 {found[1]}; committed {entry.size}, {entry.blake3}"
 
     def _verify_rows(self, commit: Commit) -> list[str]:
         path = self.part_path(commit.teacher, commit.shard, commit.attempt)
@@ -233,8 +234,8 @@ class FeatureStore:
 
 
 def digest_object(objects: Objects, path: str) -> tuple[int, str]:
-    """(size, SHA-256) of an object as it reads back; FileNotFoundError if there is none."""
-    digest, size = sha256(), 0
+    """(size, BLAKE3) of an object as it reads back; FileNotFoundError if there is none."""
+    digest, size = blake3(), 0
     for piece in objects.stream(path):
         digest.update(piece)
         size += len(piece)
