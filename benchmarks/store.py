@@ -2,11 +2,12 @@
 
     python benchmarks/store.py [--rows 1024] [--runs 7] [--folder DIR]
 
-Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory that is new for
-each batch, as prefetching needs it; page cache warm; every rival on as many threads as ours, each thread reading whole
-batches, as the trainer's reader does. Ours checks a CRC-32C for every row, the rivals check nothing.
-Writing: the same rows through PartWriter (checksums, SHA-256 of every object read back, commit) beside `np.save`.
-Rivals take turns within a run; figures are medians over the runs and ratios are medians of the runs' own ratios.
+Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory that is
+new for each batch, as prefetching needs it; page cache warm; every rival on as many threads as ours, each
+thread reading whole batches, as the trainer's reader does. Ours checks a CRC-32C for every row, the rivals
+check nothing. Writing: the same rows through PartWriter (checksums, SHA-256 of every object read back,
+commit) beside `np.save`. Rivals take turns within a run; figures are medians over the runs and ratios are
+medians of the runs' own ratios.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="webdataset")
     rows = np.random.default_rng(0).standard_normal((options.rows, *ROW), dtype=np.float32).astype(np.float16)
-    gigabytes = rows.nbytes / 1e9
     print(
-        f"{options.rows} rows of {GRID * GRID} × {WIDTH} fp16, {gigabytes:.2f} GB, {os.cpu_count()} cores, {options.runs} runs"
+        f"{options.rows} rows of {GRID * GRID} × {WIDTH} fp16, {rows.nbytes / 1e9:.2f} GB, "
+        f"{os.cpu_count()} cores, {options.runs} runs"
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         _compare_writing(rows, Path(folder), options.runs)
@@ -149,7 +150,7 @@ def write_part(store: FeatureStore, rows: Features, shard: str) -> str:
     for start in range(0, len(rows), BATCH):
         batch = torch.from_numpy(rows[start : start + BATCH])
         writer.append(TeacherOutput(summary[: len(batch)], batch))
-    writer.commit(SourceTar(url="", size=0, sha256=""), "")
+    writer.commit(SourceTar(url="none.tar", size=0, sha256="0" * 64), "0" * 64)
     writer.close()
     return writer.attempt
 
