@@ -40,7 +40,8 @@ class TeacherSpec(Frozen):
     `weights` says where they came from (`package:...`, `file:...`, `hub:...`, `random:seed=...`) and is left
     out of the fingerprint, for a path differs between machines; `weights_sha256` is of the file, or of the
     tensors if random. `patch_size` is the number of input pixels a cell of the grid stands for. `pixel_mean`
-    and `pixel_std` are in [0, 1].
+    and `pixel_std` are in [0, 1]. `blocks`: of the model only the first so many. `spatial`: before or after a
+    neck, of models that have one. What is None takes no part in the fingerprint.
     """
 
     name: str = Field(pattern=TEACHER_NAME)
@@ -60,11 +61,14 @@ class TeacherSpec(Frozen):
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     codec: Literal["fp16", "int8"] = "fp16"
     pixels: str = PIXELS
+    blocks: Positive | None = None
+    spatial: Literal["backbone", "neck"] | None = None
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON of everything that decides the recorded numbers."""
-        return sha256(canonical_json(self.model_dump(mode="json", exclude={"weights"}))).hexdigest()
+        deciding = self.model_dump(mode="json", exclude={"weights"}, exclude_none=True)
+        return sha256(canonical_json(deciding)).hexdigest()
 
     @property
     def row_bytes(self) -> int:
