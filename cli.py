@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -68,10 +70,11 @@ def command(group: typer.Typer) -> Callable[[Function], Function]:
             try:
                 function(*args, **kwargs)
             except UserError as error:
-                err.print(f"error: {error}", style="red", highlight=False, markup=False)
+                _complain(f"error: {error}")
                 raise typer.Exit(2) from None
-            except DataDamage as error:
-                err.print(f"damaged: {error}", style="red", highlight=False, markup=False)
+            except (DataDamage, OSError) as error:
+                kind = "damaged" if isinstance(error, DataDamage) else "error"
+                _complain(f"{kind}: {error}")
                 raise typer.Exit(1) from None
 
         group.command(name=function.__name__)(run)
@@ -107,10 +110,10 @@ def extract(
             shards,
             on_start=lambda plan: start(plan.rows),
             on_views=advance,
-            on_failure=lambda line: err.print(line, style="red", highlight=False, markup=False),
+            on_failure=_complain,
         )
     if as_json:
-        out.print_json(json.dumps({**asdict(report), "images_per_second": report.images_per_second}))
+        _print_json({**asdict(report), "images_per_second": report.images_per_second})
     else:
         _print_facts(_extract_facts(report))
     if report.failed:
@@ -149,15 +152,15 @@ def plan(
 
     made = make_plan(ExtractConfig.from_recipe(read_recipe(recipe, overrides)), rate, trial)
     if as_json:
-        out.print_json(
-            json.dumps({**asdict(made), "bytes": made.bytes, "hours": made.hours, "fits": made.fits})
-        )
+        _print_json({**asdict(made), "bytes": made.bytes, "hours": made.hours, "fits": made.fits})
     else:
-        table = Table("teacher", "GFLOPs a view", "bytes a view", "bytes", "objects")
-        for cost in made.teachers:
-            cells = (f"{cost.gflops:.2f}", f"{cost.bytes_a_view:,}", f"{cost.bytes:,}", f"{cost.objects:,}")
-            table.add_row(cost.name, *cells)
-        out.print(table)
+        _print_table(
+            ("teacher", "GFLOPs a view", "bytes a view", "bytes", "objects"),
+            [
+                (c.name, f"{c.gflops:.2f}", f"{c.bytes_a_view:,}", f"{c.bytes:,}", f"{c.objects:,}")
+                for c in made.teachers
+            ],
+        )
         _print_facts(
             {
                 "source shards": f"{made.shards:,}",
@@ -186,7 +189,8 @@ def train(
     steps = TrainConfig.from_recipe(sections).training.steps
     with _progress("training", "steps") as (advance, start):
         checkpoint = run(sections, resume, on_metrics=_show_metrics(advance, start, steps))
-    out.print(str(checkpoint), highlight=False)
+    if os.environ.get("RANK", "0") == "0":
+        out.print(str(checkpoint), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_metrics(advance: Advance, start: Start, steps: int) -> Callable[[Any], None]:
@@ -209,9 +213,12 @@ def knn(subject: Subject, overrides: Overrides = [], as_json: AsJson = False) ->
     """k-NN accuracy of each teacher, straight from the store, and of the student, on labelled images."""
     from trainer.evaluation.subject import Subject as Loaded
 
-    with _progress("k-NN", "views") as (advance, _):
-        result = Loaded.load(subject, overrides).knn(advance)
-    _print_result(result, as_json, "top-1")
+    with _progress("k-NN", "views of the student") as (advance, _):
+        found = Loaded.load(subject, overrides).knn(advance)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_table(("", "top-1"), [(name, f"{100 * top1:.2f} %") for name, top1 in found.items()])
 
 
 @command(evaluate)
@@ -220,8 +227,16 @@ def distance(subject: Subject, overrides: Overrides = [], as_json: AsJson = Fals
     from trainer.evaluation.subject import Subject as Loaded
 
     with _progress("distance", "views") as (advance, _):
-        result = Loaded.load(subject, overrides).distance(advance)
-    _print_result(result, as_json, "distance")
+        found = Loaded.load(subject, overrides).distance(advance)
+    if as_json:
+        _print_json({who: {name: asdict(d) for name, d in by.items()} for who, by in found.items()})
+        return
+    rows = [
+        (who, name, f"{d.summary:.4f}", f"{d.spatial:.4f}", f"{d.views:,}")
+        for who, by_teacher in found.items()
+        for name, d in by_teacher.items()
+    ]
+    _print_table(("", "teacher", "summary", "spatial", "views"), rows)
 
 
 @command(evaluate)
@@ -234,8 +249,11 @@ def throughput(
     """Images a second of the student's forward pass, with all that the figure depends on."""
     from trainer.evaluation.subject import Subject as Loaded
 
-    result = Loaded.load(subject, overrides).throughput(batch_size)
-    _print_result(result, as_json, "value")
+    found = asdict(Loaded.load(subject, overrides).throughput(batch_size))
+    if as_json:
+        _print_json(found)
+    else:
+        _print_facts({**found, "images_per_second": f"{found['images_per_second']:.1f}"})
 
 
 @command(app)
@@ -277,15 +295,15 @@ def inspect(store: StoreUrl, as_json: AsJson = False) -> None:
 
     found = inspect_store(FeatureStore.open(store))
     if as_json:
-        out.print_json(json.dumps(asdict(found)))
+        _print_json(asdict(found))
         return
-    table = Table("teacher", "model", "weights", "grid", "codec", "shards", "rows", "invalid", "bytes")
+    rows = []
     for entry in found.teachers:
         spec = entry.spec
         grid = f"{spec['grid']['height']}×{spec['grid']['width']}×{spec['spatial_dim']}"
         counts = (f"{entry.shards:,}", f"{entry.rows:,}", f"{entry.invalid_rows:,}", f"{entry.bytes:,}")
-        table.add_row(entry.name, spec["model"], spec["weights"], grid, spec["codec"], *counts)
-    out.print(table)
+        rows.append((entry.name, spec["model"], spec["weights"], grid, spec["codec"], *counts))
+    _print_table(("teacher", "model", "weights", "grid", "codec", "shards", "rows", "invalid", "bytes"), rows)
     facts = {"view tables": f"{found.shards:,}", "views": f"{found.views:,}"}
     facts |= {f"status {name}": f"{count:,}" for name, count in found.statuses.items()}
     facts |= {f"{count:,} ×": reason for reason, count in found.errors.items()}
@@ -389,20 +407,25 @@ def _plain_progress(description: str, unit: str) -> tuple[Advance, Start]:
     return advance, lambda total: state.update(total=total)
 
 
-def _print_facts(facts: dict[str, str]) -> None:
+def _print_facts(facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         out.print(f"{name}: {value}", highlight=False, markup=False)
 
 
-def _print_result(rows: dict[str, Any], as_json: bool, column: str) -> None:
-    if as_json:
-        out.print_json(json.dumps(rows))
-        return
-    table = Table("", column)
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    out.print(table)
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table, highlight=False)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _complain(line: str) -> None:
+    err.print(line, style="red", highlight=False, markup=False)
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="rebroadcast")

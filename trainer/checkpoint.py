@@ -23,6 +23,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from storage_schemas.errors import DataDamage, UserError
@@ -59,7 +60,8 @@ def save_checkpoint(
     """Write the checkpoint of `step` and return its folder; then remove all others but the newest `keep` - 1.
 
     `student` and `adaptors` are state dicts, `meta` anything that JSON takes. A failure leaves earlier
-    checkpoints as they were. UserError where two weights share memory, which safetensors cannot say.
+    checkpoints as they were: OSError where the files cannot be written, UserError where two weights share
+    memory, which safetensors cannot say.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{TEMPORARY}*"):
@@ -67,9 +69,7 @@ def save_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{step:08d}.", dir=folder))
     temporary.chmod(0o755)  # mkdtemp's own 0o700 would hide the checkpoint from everyone else
     try:
-        safetensors.torch.save_file(_plain("student", student), temporary / STUDENT)
-        safetensors.torch.save_file(_plain("adaptors", adaptors), temporary / ADAPTORS)
-        torch.save(optimizer_state, temporary / OPTIMIZER)
+        _write_tensors(temporary, student, adaptors, optimizer_state)
         _write_record(temporary, step, meta)
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -99,6 +99,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         optimizer_state=torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
         meta=record["meta"],
     )
+
+
+def _write_tensors(
+    folder: Path,
+    student: Mapping[str, Tensor],
+    adaptors: Mapping[str, Tensor],
+    optimizer_state: dict[str, Any],
+) -> None:
+    weights = {STUDENT: _plain("student", student), ADAPTORS: _plain("adaptors", adaptors)}
+    try:
+        for name, tensors in weights.items():
+            safetensors.torch.save_file(tensors, folder / name)
+        torch.save(optimizer_state, folder / OPTIMIZER)
+    except (SafetensorError, RuntimeError) as error:  # so the two libraries report a full disk
+        raise OSError(f"{folder}: {str(error).splitlines()[0]}") from error
 
 
 def _plain(what: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from storage_schemas.errors import UserError
 from storage_schemas.manifest import Frozen, Positive
 from storage_schemas.objects import expand_shards
 from storage_schemas.recipe import DataConfig, StoreConfig, parse
@@ -16,6 +18,7 @@ Resolution = Annotated[
     tuple[Positive, Positive],
     BeforeValidator(lambda value: (value, value) if isinstance(value, int) else value),
 ]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class StudentConfig(Frozen, extra="allow"):
@@ -37,11 +40,20 @@ class LossConfig(Frozen):
     smooth L1, whose quadratic part ends at `transition`.
     """
 
-    summary_weight: dict[str, float] = Field(default_factory=dict)
-    spatial_weight: dict[str, float] = Field(default_factory=dict)
-    cosine: float = Field(0.9, ge=0)
-    smooth_l1: float = Field(0.1, ge=0)
+    summary_weight: dict[str, Weight] = Field(default_factory=dict)
+    spatial_weight: dict[str, Weight] = Field(default_factory=dict)
+    cosine: Weight = 0.9
+    smooth_l1: Weight = 0.1
     transition: float = Field(1.0, gt=0)
+
+    def require_known(self, teachers: Collection[str]) -> None:
+        """UserError for a weight of a teacher that is not one of `teachers`."""
+        for field in ("summary_weight", "spatial_weight"):
+            unknown = [name for name in getattr(self, field) if name not in teachers]
+            if unknown:
+                raise UserError(
+                    f"training.loss.{field}: {unknown[0]!r} is not trained from; there: {', '.join(teachers)}"
+                )
 
 
 class TrainingConfig(Frozen):
@@ -51,8 +63,8 @@ class TrainingConfig(Frozen):
     resolution: of the student's images, one number or [height, width]. batch_size: views a step over all
     ranks. learning_rate: warmed up linearly for `warmup` steps, then a cosine to zero at `steps`. clip: of
     the gradient norm, none if null. block_rows, window_blocks: of the block shuffle. threads: that load
-    batches, each a whole batch; up to `threads + prefetch` batches are in memory. keep: newest checkpoints to
-    keep.
+    batches, each a whole batch; up to `threads + prefetch` batches are in memory. log_every: steps between
+    lines of metrics; each checkpoint has a line too. keep: newest checkpoints to keep.
     """
 
     output: str
@@ -79,9 +91,10 @@ class TrainingConfig(Frozen):
     keep: Positive = 2
 
 
-# Fields that may differ between a checkpoint and the run that resumes it: none changes a number.
+# Fields of `training` in which a run may differ from the one it resumes: they decide where and how fast it
+# computes, and what it says of itself. (Another device, or a compiled model, rounds differently.)
 FREE_ON_RESUME = frozenset(
-    {"output", "device", "threads", "prefetch", "log_every", "checkpoint_every", "keep", "compile"}
+    {"output", "device", "compile", "threads", "prefetch", "log_every", "checkpoint_every", "keep"}
 )
 
 
@@ -114,5 +127,33 @@ class TrainConfig(Frozen):
         return expand_shards(self.data.train, "data.train")
 
     def held_out_shards(self) -> dict[str, str]:
-        """URLs of the source shards that are never trained on, by name."""
-        return expand_shards(self.data.held_out, "data.held_out")
+        """URLs of the source shards that are never trained on, by name; UserError if there are none."""
+        if not self.data.held_out:
+            raise UserError("data.held_out: is missing from the recipe; evaluation needs it")
+        found = expand_shards(self.data.held_out, "data.held_out")
+        both = sorted(found.keys() & self.train_shards().keys())
+        if both:
+            raise UserError(f"data.held_out: shard {both[0]!r} is in data.train too; take it out of one")
+        return found
+
+
+def require_same_run(before: TrainConfig, now: TrainConfig, where: str) -> None:
+    """UserError naming the first setting of the student or of the training in which `now` differs from what
+    was before at `where`, unless it is free to.
+    """
+    for section in ("student", "training"):
+        old, new = (_flat(getattr(config, section).model_dump()) for config in (before, now))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in FREE_ON_RESUME:
+                raise UserError(
+                    f"{section}.{key}: {where} has {old.get(key)!r}, the recipe has {new.get(key)!r}; "
+                    f"use the checkpoint's, or another training.output"
+                )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -51,17 +51,15 @@ class Distillation(nn.Module):
             predicted[name] = TeacherOutput(output.summary, align(output.spatial, self._grids[name]))
         return predicted
 
-    def specs_json(self) -> dict[str, Any]:
-        """The teachers' specs, for a checkpoint."""
-        return {name: spec.model_dump(mode="json") for name, spec in self.specs.items()}
-
 
 def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distillation:
     """The recipe's student and its adaptors, with weights from the recipe's seed."""
-    torch.manual_seed(config.training.seed)
-    student = create_student(config.student.name, **config.student.settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        student = create_student(config.student.name, **config.student.settings)
+        model = Distillation(student, specs, config.training.adaptor_hidden)
     student.grid(*config.training.resolution)  # UserError where they do not fit
-    return Distillation(student, specs, config.training.adaptor_hidden)
+    return model
 
 
 def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
@@ -69,11 +67,13 @@ def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
     of.
     """
     checkpoint = load_checkpoint(path)
+    recipe = checkpoint.meta["recipe"]
     specs = {name: TeacherSpec.model_validate(spec) for name, spec in checkpoint.meta["teachers"].items()}
-    model = untrained(TrainConfig.from_recipe(checkpoint.meta["recipe"]), specs)
+    settings = {key: value for key, value in recipe["student"].items() if key != "pretrained"}  # no download
+    model = untrained(TrainConfig.from_recipe({**recipe, "student": settings}), specs)
     model.student.load_state_dict(checkpoint.student)
     model.adaptors.load_state_dict(checkpoint.adaptors)
-    return model.eval(), checkpoint.meta["recipe"]
+    return model.eval(), recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,10 @@ class Losses:
 
     total: Tensor
     terms: dict[str, Tensor]
+
+    def detach(self) -> Losses:
+        """The same values, without the graph behind them."""
+        return Losses(self.total.detach(), {name: term.detach() for name, term in self.terms.items()})
 
 
 def distillation_losses(

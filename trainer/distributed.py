@@ -29,11 +29,10 @@ class World:
 def launch(device: str = "auto") -> Iterator[World]:
     """The world that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, or that of one process.
 
-    device: `auto` is cuda where there is one, else cpu. On cuda each local rank has its own device and nccl
-    joins them, on anything else gloo.
+    device: see `choose_device`. nccl joins ranks on cuda, gloo those on anything else.
     """
     rank, size, local_rank = (_from_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world = World(rank, max(size, 1), local_rank, _device(device, local_rank))
+    world = World(rank, max(size, 1), local_rank, choose_device(device, local_rank))
     if world.size == 1:
         yield world
         return
@@ -69,19 +68,25 @@ def barrier() -> None:
         dist.barrier()
 
 
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device a recipe names: `auto` is cuda where there is one, else cpu; each local rank has its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"training.device: {name!r} is no device; give auto, cpu or cuda") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"training.device: {name!r} is not there; give auto or cpu")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
+
+
 def _from_torchrun(name: str) -> int:
     value = os.environ.get(name, "0")
     if not value.isdecimal():
         raise UserError(f"environment variable {name} is {value!r}: torchrun sets a number")
     return int(value)
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type != "cuda":
-        return device
-    device = torch.device("cuda", local_rank if device.index is None else device.index)
-    torch.cuda.set_device(device)
-    return device

@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
 from trainer.config import LossConfig
 from trainer.distillation import distillation_losses
 from trainer.reader import TargetReader
 
-Predict = Callable[[torch.Tensor], dict[str, TeacherOutput]]
+Predict = Callable[[Tensor], dict[str, TeacherOutput]]
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureDistance:
     """Mean summary and spatial loss to one teacher over `views` views."""
 
-    teacher: str
     summary: float
     spatial: float
     views: int
 
 
-def feature_distance(
-    predict: Predict,
+def feature_distances(
+    predictors: Mapping[str, Predict],
     reader: TargetReader,
     batch_size: int,
     device: torch.device,
     loss: LossConfig,
     on_views: Callable[[int], None] = lambda count: None,
-) -> list[FeatureDistance]:
-    """Over all the reader's views; `predict` takes uint8 b 3 height width."""
-    sums = {f"{name}/{kind}": 0.0 for name in reader.teachers for kind in ("summary", "spatial")}
+) -> dict[str, dict[str, FeatureDistance]]:
+    """Of each predictor to each teacher, over all the reader's views, which are read once.
+
+    A predictor takes uint8 b 3 height width. UserError where no view has features of a teacher.
+    """
+    sums: dict[tuple[str, str], float] = {}
     views = dict.fromkeys(reader.teachers, 0)
-    with torch.inference_mode():
-        for batch in reader.in_order(batch_size):
-            batch = batch.to(device)
-            losses = distillation_losses(predict(batch.images), batch.targets, batch.valid, loss, _sum)
-            for name, value in losses.terms.items():
-                sums[name] += float(value)
-            for name in views:
-                views[name] += int(batch.valid[name].sum())
-            on_views(len(batch.views))
-    return [
-        FeatureDistance(name, sums[f"{name}/summary"] / max(1, n), sums[f"{name}/spatial"] / max(1, n), n)
-        for name, n in views.items()
-    ]
+    for batch in reader.in_order(batch_size):
+        batch = batch.to(device)
+        for who, predict in predictors.items():
+            with torch.inference_mode():
+                losses = distillation_losses(predict(batch.images), batch.targets, batch.valid, loss, _one)
+            for term, value in losses.terms.items():
+                sums[who, term] = sums.get((who, term), 0.0) + float(value)
+        for teacher in views:
+            views[teacher] += int(batch.valid[teacher].sum())
+        on_views(len(batch.views))
+    empty = [teacher for teacher, count in views.items() if not count]
+    if empty:
+        raise UserError(f"teacher: {empty[0]!r} has features of none of these views: nothing to compare with")
+    return {
+        who: {
+            name: FeatureDistance(sums[who, f"{name}/summary"] / n, sums[who, f"{name}/spatial"] / n, n)
+            for name, n in views.items()
+        }
+        for who in predictors
+    }
 
 
-def _sum(valid: torch.Tensor) -> torch.Tensor:
-    """Divides by one: sums can be added over batches that differ in size, means cannot."""
+def _one(valid: Tensor) -> Tensor:
+    """What losses are divided by: sums add up over batches that differ in size, means do not."""
     return torch.ones((), device=valid.device)
 
 
@@ -64,16 +75,21 @@ def mean_predictor(
 
     What a student must beat to have learned anything about pictures.
     """
-    means = {name: {kind: m.mean for kind, m in store.moments(name, shards).items()} for name in teachers}
-    grids = {name: store.spec(name).grid for name in teachers}
+    answers = {}
+    for name in teachers:
+        spec, moments = store.spec(name), store.moments(name, shards)
+        summary, spatial = (
+            torch.tensor(moments[kind].mean, dtype=torch.float32, device=device)
+            for kind in ("summary", "spatial")
+        )
+        grid = (1, spec.grid.height, spec.grid.width, -1)
+        answers[name] = TeacherOutput(summary.expand(1, -1), spatial.expand(grid))
 
-    def predict(images: torch.Tensor) -> dict[str, TeacherOutput]:
-        answers = {}
-        for name, mean in means.items():
-            summary = torch.tensor(mean["summary"], dtype=torch.float32, device=device)
-            spatial = torch.tensor(mean["spatial"], dtype=torch.float32, device=device)
-            shape = (len(images), grids[name].height, grids[name].width, len(spatial))
-            answers[name] = TeacherOutput(summary.expand(len(images), -1), spatial.expand(shape))
-        return answers
+    def predict(images: Tensor) -> dict[str, TeacherOutput]:
+        b = len(images)
+        return {
+            name: TeacherOutput(a.summary.expand(b, -1), a.spatial.expand(b, -1, -1, -1))
+            for name, a in answers.items()
+        }
 
     return predict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
 from trainer.config import TrainConfig
 from trainer.distillation import Distillation, load_distillation, untrained
-from trainer.evaluation.feature_distance import Predict, feature_distance, mean_predictor
+from trainer.evaluation.feature_distance import Predict, feature_distances, mean_predictor
 from trainer.evaluation.figures import pca_rgb
 from trainer.evaluation.knn import nearest
 from trainer.evaluation.report import (
@@ -27,6 +26,7 @@ from trainer.evaluation.report import (
     Panel,
     Picture,
 )
+from trainer.metrics import read_metrics
 from trainer.reader import Batch, TargetReader
 from trainer.train import make_reader
 
@@ -43,7 +43,7 @@ def make_showcase(
     config = TrainConfig.from_recipe(recipe)
     model = load_distillation(checkpoint)[0]
     train, held_out = make_reader(config), make_reader(config, held_out=True)
-    metrics = _read_metrics(Path(config.training.output) / "metrics.jsonl")
+    metrics = read_metrics(Path(config.training.output))
     first_views = _View0.of(model, held_out)
     store = train.store
     return DemoReport(
@@ -68,10 +68,6 @@ def make_showcase(
     )
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     curves = {"total": [(line["step"], line["loss"]) for line in metrics]}
     return curves | {
@@ -87,15 +83,10 @@ def _distances(
         "after": model,
         "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
     }
-    found = {
-        name: {
-            d.teacher: d.spatial
-            for d in feature_distance(predict, held_out, BATCH, CPU, config.training.loss)
-        }
-        for name, predict in predictors.items()
-    }
+    found = feature_distances(predictors, held_out, BATCH, CPU, config.training.loss)
     return [
-        Distance(teacher, **{name: by[teacher] for name, by in found.items()}) for teacher in train.teachers
+        Distance(teacher, **{who: by_teacher[teacher].spatial for who, by_teacher in found.items()})
+        for teacher in held_out.teachers
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class Summaries:
         return Summaries(self.features[known], self.labels[known], views)
 
 
-def teacher_summaries(store: FeatureStore, teacher: str, shards: Sequence[str]) -> Summaries:
+def teacher_summaries(store: FeatureStore, teacher: str, shards: Iterable[str]) -> Summaries:
     """Of the valid rows, read from the store; the teacher is not run."""
     dim = store.spec(teacher).summary_dim
     found, views = [torch.empty(0, dim)], []

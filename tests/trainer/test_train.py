@@ -1,0 +1,449 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage_schemas.errors import UserError
+from storage_schemas.features import TeacherOutput
+from trainer.checkpoint import load_checkpoint, newest_checkpoint
+from trainer.config import TrainConfig
+from trainer.distillation import untrained
+from trainer.distributed import World
+from trainer.metrics import read_metrics
+from trainer.reader import Batch, TargetReader
+from trainer.students import create_student
+from trainer.train import (
+    learning_rate,
+    make_optimizer,
+    make_reader,
+    seed_step,
+    train,
+    training_step,
+)
+
+ROOT = Path(__file__).parents[2]
+CPU = World(0, 1, 0, torch.device("cpu"))
+RATES = ("images_per_second", "data_wait")  # what may differ between two equal runs
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal weights, optimiser state and metrics, to the last bit."""
+    one, other = load_checkpoint(a), load_checkpoint(b)
+    assert one.step == other.step
+    for left, right in ((one.student, other.student), (one.adaptors, other.adaptors)):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    for place, state in one.optimizer_state["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other.optimizer_state["state"][place][name])
+    assert one.optimizer_state["param_groups"] == other.optimizer_state["param_groups"]
+    assert metrics(a.parent) == metrics(b.parent)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in RATES} for line in read_metrics(output)]
+
+
+def interrupt(recipe: dict[str, Any], after: int) -> None:
+    """Train, and stop as an exception would stop it after `after` lines of metrics."""
+    lines = 0
+
+    def stop(_: object) -> None:
+        nonlocal lines
+        lines += 1
+        if lines == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, on_metrics=stop)
+
+
+STUDENTS = {
+    "vit": {},
+    # Batch statistics and stochastic depth: state outside of the weights, and random numbers.
+    "cnn": {"name": "timm/test_resnet", "drop_path_rate": 0.3},
+}
+
+
+@pytest.fixture(params=STUDENTS, ids=list(STUDENTS))
+def recipe_of(request: pytest.FixtureRequest, recorded: Any) -> Callable[..., dict[str, Any]]:
+    """A recipe for each kind of student."""
+
+    def make(output: Path, **training: Any) -> dict[str, Any]:
+        recipe: dict[str, Any] = recorded.recipe(output, **training)
+        if STUDENTS[request.param]:
+            recipe["student"] = STUDENTS[request.param]
+        return recipe
+
+    return make
+
+
+# Resuming
+
+
+def test_a_resumed_run_equals_one_without_interruption(recipe_of: Any, tmp_path: Path) -> None:
+    whole = train(recipe_of(tmp_path / "whole"))
+    assert whole == train(recipe_of(tmp_path / "whole"), resume=True)  # nothing is left to do
+    for after in (1, 3, 5):
+        recipe = recipe_of(tmp_path / str(after))
+        interrupt(recipe, after)
+        resumed = train(recipe, resume=True)
+        assert_same_run(whole, resumed)
+        assert [line["step"] for line in read_metrics(resumed.parent)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(recorded: Any, tmp_path: Path) -> None:
+    one, two, other = (
+        train(recorded.recipe(tmp_path / name, seed=seed, steps=3))
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert_same_run(one, two)
+    assert metrics(one.parent) != metrics(other.parent)
+
+
+def run_cli(recipe: dict[str, Any], folder: Path, *flags: str, **kwargs: Any) -> subprocess.Popen[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cli", "train", str(path), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes, **kwargs)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(recorded: Any, tmp_path: Path) -> None:
+    def recipe(name: str) -> dict[str, Any]:
+        made: dict[str, Any] = recorded.recipe(tmp_path / name, steps=120, checkpoint_every=7, keep=3)
+        return made
+
+    process = run_cli(recipe("killed"), tmp_path)
+    lines, kill_after = tmp_path / "killed/metrics.jsonl", random.randint(8, 60)
+    while process.poll() is None and (not lines.exists() or lines.read_text().count("\n") < kill_after):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
+    with lines.open("a") as cut:
+        cut.write('{"step": 121, "lo')  # as a kill within a write leaves it
+    again = run_cli(recipe("killed"), tmp_path, "--resume")
+    printed, said = again.communicate()
+    assert again.returncode == 0, said
+    undisturbed = run_cli(recipe("whole"), tmp_path)
+    assert undisturbed.communicate()[0].strip() == str(tmp_path / "whole/step-00000120")
+    assert_same_run(tmp_path / "whole/step-00000120", Path(printed.strip()))
+    assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, 121))
+
+
+def test_checkpoints_are_not_gone_over_without_being_asked(recorded: Any, tmp_path: Path) -> None:
+    recipe = recorded.recipe(tmp_path / "run", steps=2)
+    train(recipe)
+    with pytest.raises(UserError, match=r"training\.output: .* holds step-00000002; give --resume"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("training", "seed", 9, r"training\.seed: checkpoint '.*step-00000002' has 0, the recipe has 9"),
+        ("training", "steps", 50, r"training\.steps: .* has 2, the recipe has 50"),
+        ("training", "loss", {"cosine": 0.5}, r"training\.loss\.cosine: .* has 0\.9, the recipe has 0\.5"),
+        ("training", "resolution", [32, 48], r"training\.resolution: .* has \(32, 32\), the recipe has"),
+        ("student", "depth", 1, r"student\.depth: .* has 2, the recipe has 1"),
+        ("training", "teachers", ["cnn"], r"training\.teachers: .* has \(\), the recipe has \('cnn',\)"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused_by_field(
+    recorded: Any, tmp_path: Path, section: str, key: str, value: Any, named: str
+) -> None:
+    recipe = recorded.recipe(tmp_path, steps=2)
+    train(recipe)
+    recipe[section][key] = value
+    with pytest.raises(UserError, match=named):
+        train(recipe, resume=True)
+
+
+def test_what_changes_no_batch_is_free_to_change(recorded: Any, tmp_path: Path) -> None:
+    interrupt(recorded.recipe(tmp_path / "run"), 3)
+    free = {"threads": 1, "prefetch": 0, "log_every": 1, "checkpoint_every": 5, "keep": 1}
+    resumed = train(recorded.recipe(tmp_path / "run", **free), resume=True)
+    assert_same_run(train(recorded.recipe(tmp_path / "whole")), resumed)
+
+
+def test_other_targets_are_refused(recorded: Any, own_copy: Any, tmp_path: Path) -> None:
+    interrupt(recorded.recipe(tmp_path / "run"), 3)
+    fewer = recorded.recipe(tmp_path / "run")
+    fewer["data"]["train"] = f"{recorded.folder}/shards/train-0.tar"
+    with pytest.raises(UserError, match=r"data\.train: checkpoint '.*' was trained on other shards"):
+        train(fewer, resume=True)
+    spec = own_copy.store.spec("cnn").model_copy(update={"name": "third"})
+    own_copy.store.add_teacher(spec)
+    for shard in own_copy.store.shards("cnn"):
+        commit = own_copy.store.commit("cnn", shard)
+        own_copy.store.write_commit(
+            commit.model_copy(update={"teacher": "third", "fingerprint": spec.fingerprint})
+        )
+    more = recorded.recipe(tmp_path / "run")
+    more["store"]["url"] = own_copy.store.url
+    with pytest.raises(UserError, match=r"training\.teachers: .* learned from cnn, vit, the store has cnn, "):
+        train(more, resume=True)
+
+
+# Ranks
+
+
+def torchrun(recipe: dict[str, Any], folder: Path, ranks: int) -> Path:
+    """Train under torchrun's environment; the last checkpoint."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    path = folder / f"{ranks}.yaml"
+    path.write_text(json.dumps(recipe))
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port]
+    command = [sys.executable, "-m", *launcher, "-m", "cli", "train", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    return Path(done.stdout.strip())
+
+
+def test_two_ranks_learn_what_one_does(recorded: Any, tmp_path: Path) -> None:
+    """With rows that are invalid for one teacher spread unevenly over the ranks."""
+    recipe = recorded.recipe(tmp_path / "one", steps=6)
+    config = TrainConfig.from_recipe(recipe)
+    shares = [rank_valid(make_reader(config), config, rank) for rank in range(2)]
+    assert shares[0] != shares[1]
+    alone = train(recipe)
+    together = torchrun(recorded.recipe(tmp_path / "two", steps=6), tmp_path, ranks=2)
+    one, two = load_checkpoint(alone), load_checkpoint(together)
+    for left, right in ((one.student, two.student), (one.adaptors, two.adaptors)):
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5)
+    for a, b in zip(metrics(alone.parent), metrics(together.parent), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def rank_valid(reader: TargetReader, config: TrainConfig, rank: int) -> list[int]:
+    settings = config.training
+    order = reader.order(settings.seed, settings.block_rows, settings.window_blocks)
+    stream = reader.batches(order, settings.batch_size, 0, rank, 2)
+    return [int(batch.valid["vit"].sum()) for batch in islice(stream, settings.steps)]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    reader = make_reader(TrainConfig.from_recipe(recorded.recipe(tmp_path)))
+    with pytest.raises(UserError, match="batch_size 7 must be a multiple of the 2 ranks"):
+        next(reader.batches(reader.order(0, 4, 3), 7, 0, 0, 2))
+
+
+# Against teachers in the loop
+
+
+def live_batch(recorded: Any, reader: TargetReader, batch: Batch) -> Batch:
+    """The batch with targets from the teachers themselves, run on the very same crops."""
+    targets = {}
+    for name, teacher in recorded.teachers.items():
+        spec = teacher.spec
+        shown = TargetReader(recorded.store, recorded.sources(), [name], (spec.height, spec.width))
+        output = teacher(torch.stack([_crop(recorded, shown, view) for view in batch.views.tolist()]))
+        targets[name] = TeacherOutput(output.summary, output.spatial)
+    return Batch(batch.images, targets, batch.valid, batch.views)
+
+
+def _crop(recorded: Any, reader: TargetReader, view: list[int]) -> torch.Tensor:
+    from storage_schemas.replay import CropReplay
+
+    shard = reader.shards[view[0]]
+    replay = CropReplay(shard, recorded.sources()[shard], recorded.store.views(shard), 2**26)
+    return replay.crop(view[1], reader.resolution)
+
+
+def test_stored_targets_train_as_live_teachers_do(recorded: Any, tmp_path: Path) -> None:
+    """A CNN and a ViT at once, step by step, within the rounding of fp16."""
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path, steps=12, warmup=0))
+    settings, reader = config.training, make_reader(config)
+    losses: dict[str, list[float]] = {}
+    for mode in ("stored", "live"):
+        model = untrained(config, reader.specs)
+        optimizer = make_optimizer(model, settings)
+        batches = reader.batches(reader.order(0, 4, 3), settings.batch_size)
+        for step, batch in enumerate(islice(batches, settings.steps)):
+            seed_step(settings.seed, step, 0)
+            given = live_batch(recorded, reader, batch) if mode == "live" else batch
+            rate = learning_rate(settings, step)
+            found, _ = training_step(model, optimizer, given, rate, settings, CPU)
+            losses.setdefault(mode, []).append(float(found.total))
+        batches.close()
+    assert losses["stored"] == pytest.approx(losses["live"], rel=1e-3)
+    assert losses["stored"][-1] < losses["stored"][0]
+
+
+# The optimiser and its rate
+
+
+def test_the_rate_warms_up_falls_as_a_cosine_and_ends_at_zero() -> None:
+    settings = TrainConfig.model_validate(
+        {
+            "store": {"url": "s"},
+            "data": {"train": "t"},
+            "student": {"name": "n"},
+            "training": {"output": "o", "steps": 110, "warmup": 10, "learning_rate": 2.0},
+        }
+    ).training
+    rates = [learning_rate(settings, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[110] == pytest.approx(0, abs=1e-12)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["vit_ti16", "timm/test_vit", "timm/test_resnet", "timm/test_vit_relpos"])
+def test_norms_biases_tokens_and_positions_do_not_decay(name: str) -> None:
+    settings = TrainConfig.model_validate(
+        {
+            "store": {"url": "s"},
+            "data": {"train": "t"},
+            "student": {"name": "n"},
+            "training": {"output": "o", "steps": 1, "weight_decay": 0.3},
+        }
+    ).training
+    student = create_student(name)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, others = make_optimizer(student, settings).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    left, right = ([names[id(p)] for p in group["params"]] for group in (decayed, others))
+    assert sorted(left + right) == sorted(names.values())
+    assert all(name.endswith(".weight") for name in left)
+    assert not [name for name in left if "norm" in name or "pos_embed" in name or "token" in name]
+    assert any(name.endswith(".bias") for name in right)
+
+
+# What is written beside the checkpoints
+
+
+def test_tensorboard_holds_the_same_numbers(recorded: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recorded.recipe(tmp_path / "run")
+    interrupt(recipe, 3)
+    train(recipe, resume=True)
+    lines = read_metrics(tmp_path / "run")
+    board = EventAccumulator(str(tmp_path / "run"))
+    board.Reload()
+    for tag in ("loss", *lines[0]["terms"]):
+        events = board.Scalars(tag)
+        expected = [line["loss"] if tag == "loss" else line["terms"][tag] for line in lines]
+        assert [event.step for event in events] == [line["step"] for line in lines]
+        assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_checkpoint_has_its_line_of_metrics(recorded: Any, tmp_path: Path) -> None:
+    heard: list[int] = []
+    recipe = recorded.recipe(tmp_path, steps=7, log_every=4, checkpoint_every=3, keep=2)
+    train(recipe, on_metrics=lambda line: heard.append(line.step))
+    assert heard == [3, 4, 6, 7]
+    assert [line["step"] for line in read_metrics(tmp_path)] == heard
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000007"]
+
+
+def test_a_run_that_diverges_stops_with_its_cause_and_keeps_its_checkpoint(
+    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recorded.recipe(tmp_path, steps=6, checkpoint_every=1)
+    monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step == 2 else 0.01)
+    with pytest.raises(UserError, match=r"training\.learning_rate: the loss is nan .* at step 4"):
+        train(recipe)
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+
+
+def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(recorded: Any, tmp_path: Path) -> None:
+    recipe = recorded.recipe(tmp_path / "run", steps=40, checkpoint_every=2)
+    interrupt(recipe, 3)
+    before = newest_checkpoint(tmp_path / "run")
+    assert before is not None
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    process = run_cli(recipe, tmp_path, "--resume", preexec_fn=small_files)
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert len([line for line in said.splitlines() if not line.startswith("training: ")]) == 1, said
+    assert "step-00000004" in said
+    assert "File too large" in said
+    assert newest_checkpoint(tmp_path / "run") == before
+    load_checkpoint(before)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(recorded: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    process = run_cli(recorded.recipe(tmp_path / "file" / "run"), tmp_path)
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert len(said.splitlines()) == 1, said
+    assert str(tmp_path / "file") in said
+
+
+# What a recipe may say
+
+
+def test_a_subset_of_the_teachers_can_be_learned_from(recorded: Any, tmp_path: Path) -> None:
+    path = train(recorded.recipe(tmp_path, teachers=["vit"], steps=2))
+    assert {name.split("/")[0] for name in read_metrics(tmp_path)[0]["terms"]} == {"vit"}
+    assert {name.split(".")[0] for name in load_checkpoint(path).adaptors} == {"vit"}
+
+
+def test_a_teacher_of_weight_zero_teaches_nothing(recorded: Any, tmp_path: Path) -> None:
+    loss = {"summary_weight": {"cnn": 0}, "spatial_weight": {"cnn": 0}}
+    path = train(recorded.recipe(tmp_path / "a", steps=3, loss=loss, clip=None, weight_decay=0))
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "a"))
+    start = untrained(config, make_reader(config).specs).adaptors.state_dict()
+    trained = load_checkpoint(path).adaptors
+    same = {name.split(".")[0] for name in trained if torch.equal(trained[name], start[name])}
+    assert "cnn" in same
+    assert all(torch.equal(trained[name], start[name]) for name in trained if name.startswith("cnn."))
+    assert not all(torch.equal(trained[name], start[name]) for name in trained if name.startswith("vit."))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        ("student", {"name": "vit_giant"}, "student name 'vit_giant' is unknown"),
+        ("student", {"dpth": 3}, "does not take the setting 'dpth'"),
+        ("training", {"resolution": 33}, "image size 33 x 33 must be a multiple of the patch size 16"),
+        ("training", {"teachers": ["sam"]}, "teacher: 'sam' is not in store .* there: cnn, vit"),
+        ("training", {"loss": {"spatial_weight": {"sam": 0}}}, r"loss\.spatial_weight: 'sam' .* cnn, vit"),
+        ("training", {"loss": {"cosine": -1}}, r"training\.loss\.cosine: -1"),
+        ("training", {"device": "tpu9000"}, r"training\.device: 'tpu9000'"),
+        ("training", {"stepz": 3}, r"training\.stepz: unknown key"),
+        ("store", {"url": "/nowhere/at/all"}, "'/nowhere/at/all' is no folder"),
+        ("data", {"train": "/nowhere/*.tar"}, "'/nowhere' is no folder"),
+    ],
+)
+def test_a_wrong_recipe_is_named(
+    recorded: Any, tmp_path: Path, section: str, values: dict[str, Any], named: str
+) -> None:
+    recipe = recorded.recipe(tmp_path / "run")
+    recipe[section] |= values
+    with pytest.raises(UserError, match=named):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
