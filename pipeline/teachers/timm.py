@@ -1,120 +1,87 @@
-"""Any timm model as a teacher: its final patch vectors or last map, and one vector an image."""
+"""Any timm model as a teacher: its final patch vectors or last map, and one vector an image.
+
+DINOv2 and DINOv3 among them; the files of DINOv2's authors load as they are.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from pydantic import Field
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import nn
 
-from pipeline.teachers.base import TeacherOutput, choose_device, normalize_pixels
-from pipeline.teachers.weights import (
-    file_sha256,
-    find_weights,
-    first_difference,
-    first_line,
-    load_state,
-    match_state,
-    tensors_sha256,
+from pipeline.teachers.base import (
+    Design,
+    FrozenTeacher,
+    TeacherOutput,
+    TeacherSettings,
+    assemble,
+    keep_blocks,
+    require_divisible,
 )
+from pipeline.teachers.weights import first_difference, first_line, load_state, match_state
 from storage_schemas.errors import UserError
-from storage_schemas.manifest import TEACHER_NAME, Frozen, PatchGrid, Positive, TeacherSpec
 from storage_schemas.recipe import parse
 
-_MISFITS = (RuntimeError, AssertionError, ValueError)
 
-
-class TimmSettings(Frozen):
+class TimmSettings(TeacherSettings):
     """How a timm model is shown images and read.
 
-    What is not given is the model's own. name: in the store. resolution: a side, or height and width, in
-    pixels. seed: of weights `random`. pixel_mean, pixel_std: in [0, 1]. summary: `cls` is the normed class
-    token, `mean` the mean of the patch vectors, `pooled` what the model would give its classifier; if not
-    given, `cls` where there is one, else `pooled`. device: `auto` is a GPU if there is one.
+    summary: `cls` is the normed class token, `mean` the mean of the patch vectors, `pooled` what the model
+    would give its classifier; if not given, `cls` where there is one, else `pooled`.
     """
 
-    name: str | None = Field(None, pattern=TEACHER_NAME)
-    resolution: Positive | tuple[Positive, Positive] | None = None
-    seed: int | None = None
-    pixel_mean: tuple[float, float, float] | None = None
-    pixel_std: tuple[float, float, float] | None = None
     summary: Literal["cls", "mean", "pooled"] | None = None
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    codec: Literal["fp16", "int8"] = "fp16"
-    device: str = "auto"
 
 
-class TimmTeacher:
-    """A frozen timm model in evaluation mode."""
-
-    def __init__(self, model: nn.Module, spec: TeacherSpec, device: torch.device) -> None:
-        self.spec = spec
-        self._device = device
-        # Twice as fast for convolutions on a CPU; a plain ViT does not care.
-        self._model = model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
-
-    # Not inference mode: its tensors could not be the targets of a loss.
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> TeacherOutput:
-        """Features of uint8 `b 3 height width`; summary b d, spatial b h w d."""
-        spec = self.spec
-        pixels = normalize_pixels(images, spec.pixel_mean, spec.pixel_std, self._device)  # b 3 height width
-        dtype = getattr(torch, spec.compute_dtype)
-        with nullcontext() if dtype == torch.float32 else torch.autocast(self._device.type, dtype):
-            return extract_features(self._model, pixels, spec.summary)
-
-
-def create_timm_teacher(model: str, weights: str, settings: dict[str, Any]) -> TimmTeacher:
-    """The teacher of the family `timm`; see `create_teacher`."""
-    if model not in timm.list_models() and model not in timm.list_pretrained():
-        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3)) or "none"
-        raise UserError(f"model: timm has no {model!r}; close names: {near}")
+def create_timm_teacher(model: str, weights: str, settings: dict[str, Any]) -> FrozenTeacher:
+    """The teacher of the family `timm`; see `create_teacher`. weights `hub` are the model's own."""
+    reference = _reference(model)
     given = parse(TimmSettings, settings, f"teachers.{settings.get('name') or model}")
-    with torch.device("meta"):
-        reference: Any = timm.create_model(model)
     config: dict[str, Any] = reference.pretrained_cfg
-    height, width = _resolution(given, config)
+    height, width = given.size(config["input_size"][1:])
     build: dict[str, Any] = {"num_classes": 0}
     if (height, width) != config["input_size"][1:] and _takes_image_size(reference):
         build["img_size"] = (height, width)
-    network, source, sha256 = _load(model, weights, given, build, reference)
-    mean, std = given.pixel_mean or config["mean"], given.pixel_std or config["std"]
-    summary = given.summary or ("cls" if _has_class_token(network) else "pooled")
-    if summary == "cls" and not _has_class_token(network):
+    require_divisible(model, height, width, patch_size(reference))
+    summary = given.summary or ("cls" if _has_class_token(reference) else "pooled")
+    if summary == "cls" and not _has_class_token(reference):
         raise UserError(f"summary: {model!r} has no normed class token; take 'mean' or 'pooled'")
-    device = choose_device(given.device)
-    output = _try(network.to(device), model, summary, height, width)
-    _, rows, columns, spatial_dim = output.spatial.shape
-    spec = TeacherSpec(
-        name=given.name or model.replace(".", "-"),
+
+    def make(path: Path | None) -> nn.Module:
+        if path is None:
+            return timm.create_model(model, **build)
+        return _load_file(model, path, build, reference)
+
+    def trim(network: nn.Module) -> nn.Module:
+        keep_blocks(model, network, "blocks", given.blocks)
+        return network
+
+    design = Design(
         family="timm",
         model=model,
-        weights=source,
-        weights_sha256=sha256,
+        given=given,
         height=height,
         width=width,
-        patch_size=height // rows,
-        grid=PatchGrid(height=rows, width=columns),
-        summary_dim=output.summary.shape[-1],
-        spatial_dim=spatial_dim,
+        pixel_mean=given.pixel_mean or config["mean"],
+        pixel_std=given.pixel_std or config["std"],
         summary=summary,
-        pixel_mean=mean,
-        pixel_std=std,
-        compute_dtype=given.compute_dtype,
-        codec=given.codec,
+        build=make,
+        trim=trim,
+        extract=partial(extract_features, summary=summary),
+        fetch=partial(_fetch, config),
     )
-    return TimmTeacher(network, spec, device)
+    return assemble(design, weights)
 
 
 def extract_features(model: nn.Module, pixels: torch.Tensor, summary: str) -> TeacherOutput:
-    """Float32 features of normalised pixels `b 3 height width`, whatever layout the model has inside."""
+    """Features of normalised pixels `b 3 height width`, whatever layout the model has inside."""
     features = model.forward_features(pixels)  # type: ignore[operator]
     spatial = _to_grid(model, features, *pixels.shape[-2:])  # b h w d
     if summary == "cls":
@@ -123,7 +90,31 @@ def extract_features(model: nn.Module, pixels: torch.Tensor, summary: str) -> Te
         vector = spatial.mean((1, 2))
     else:
         vector = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-    return TeacherOutput(vector.flatten(1).float(), spatial.float().contiguous())
+    return TeacherOutput(vector.flatten(1), spatial)
+
+
+def patch_size(model: nn.Module) -> int:
+    """Pixels along a patch; 1 of a model without."""
+    found = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return int(found[0] if isinstance(found, tuple) else found)
+
+
+def find_cached(model: str, tag: str) -> Path | None:
+    """The file of weights `hub`, if it has been downloaded before."""
+    config = _reference(model).pretrained_cfg
+    if not config.get("hf_hub_id"):
+        return None
+    found = try_to_load_from_cache(config["hf_hub_id"], config.get("hf_hub_filename") or "model.safetensors")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _reference(model: str) -> Any:
+    """The model with its classifier, without weights; UserError with the closest names if there is none."""
+    if model not in timm.list_models() and model not in timm.list_pretrained():
+        near = ", ".join(difflib.get_close_matches(model, timm.list_models(), 3)) or "none"
+        raise UserError(f"model: timm has no {model!r}; close names: {near}")
+    with torch.device("meta"):
+        return timm.create_model(model)
 
 
 def _to_grid(model: nn.Module, features: Any, height: int, width: int) -> torch.Tensor:
@@ -157,34 +148,6 @@ def _takes_image_size(model: nn.Module) -> bool:
     return "img_size" in inspect.signature(type(model).__init__).parameters
 
 
-def _resolution(given: TimmSettings, config: dict[str, Any]) -> tuple[int, int]:
-    if given.resolution is None:
-        _, height, width = config["input_size"]
-        return height, width
-    return (given.resolution, given.resolution) if isinstance(given.resolution, int) else given.resolution
-
-
-def _load(
-    model: str, weights: str, given: TimmSettings, build: dict[str, Any], reference: Any
-) -> tuple[nn.Module, str, str]:
-    """The model, where its weights came from, and their SHA-256."""
-    if weights == "random":
-        if given.seed is None:
-            raise UserError("seed: is missing; weights 'random' need one")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(given.seed)
-            network = timm.create_model(model, **build)
-        return network, f"random:seed={given.seed}", tensors_sha256(network.state_dict())
-    if given.seed is not None:
-        raise UserError(f"seed: {given.seed} is for weights 'random', and these are {weights!r}")
-    if weights == "hub":
-        path, source = _fetch(reference.pretrained_cfg), f"hub:{reference.pretrained_cfg['hf_hub_id']}"
-    else:
-        path = find_weights(weights)
-        source = weights if weights.startswith(("package:", "file:")) else f"file:{weights}"
-    return _load_file(model, path, build, reference), source, file_sha256(path)
-
-
 def _load_file(model: str, path: Path, build: dict[str, Any], reference: Any) -> nn.Module:
     """Through timm's own loading, which resamples position embeddings and knows the official checkpoints.
 
@@ -206,28 +169,17 @@ def _load_file(model: str, path: Path, build: dict[str, Any], reference: Any) ->
     return network  # type: ignore[no-any-return]
 
 
-def _fetch(config: dict[str, Any]) -> Path:
+def _fetch(config: dict[str, Any], tag: str) -> tuple[Path, str]:
     """The model's published file, from the local cache of the hub or by download."""
     repository, name = config.get("hf_hub_id"), config.get("hf_hub_filename") or "model.safetensors"
     if not repository:
         raise UserError("weights: 'hub' has none for this model; give file:PATH")
+    if tag not in ("", repository):
+        raise UserError(f"weights: 'hub:{tag}' is not of this model, whose own are 'hub:{repository}'")
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name)), repository
     except (OSError, ValueError) as error:
         raise UserError(
             f"weights: 'hub' cannot be reached ({type(error).__name__}): fetch "
             f"https://huggingface.co/{repository}/resolve/main/{name} elsewhere and give weights: file:PATH"
         ) from error
-
-
-def _try(network: Any, model: str, summary: str, height: int, width: int) -> TeacherOutput:
-    """One forward of a blank image, which measures grid and widths and finds what does not fit."""
-    try:
-        with torch.no_grad():
-            blank = torch.zeros(1, 3, height, width, device=next(network.parameters()).device)
-            return extract_features(network.eval(), blank, summary)
-    except UserError:
-        raise
-    except _MISFITS as error:
-        reason = first_line(error)
-        raise UserError(f"resolution: {model!r} takes no {height}x{width} images: {reason}") from error

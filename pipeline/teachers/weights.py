@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: a file, or a Python package that carries one. Nothing in it is run.
+"""Where a teacher's weights come from: a file, a hub or a Python package. Nothing that they hold is run.
 
 Files are safetensors, or torch files that hold nothing but tensors.
 """
@@ -8,20 +8,56 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from storage_schemas.errors import UserError
 
 State: TypeAlias = dict[str, torch.Tensor]
 
+OUTLINE = "outline"  # weights of a model that is built to learn its shapes, and never run on numbers
+
 _SUFFIXES = (".pth", ".pt", ".safetensors")
 _NESTED = ("state_dict", "model")
+
+
+def load_network(
+    weights: str,
+    seed: int | None,
+    build: Callable[[Path | None], nn.Module],
+    fetch: Callable[[str], tuple[Path, str]],
+) -> tuple[nn.Module, str, str]:
+    """The model, where its weights came from, and their SHA-256.
+
+    build: the model with the weights of a file, or random ones. fetch: the file of `hub:TAG`, and the whole
+    TAG.
+    """
+    if weights == OUTLINE:
+        with torch.device("meta"):
+            return build(None), OUTLINE, "0" * 64
+    if weights == "random":
+        if seed is None:
+            raise UserError("seed: is missing; weights 'random' need one")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build(None)
+        return network, f"random:seed={seed}", tensors_sha256(network.state_dict())
+    if seed is not None:
+        raise UserError(f"seed: {seed} is for weights 'random', and these are {weights!r}")
+    kind, _, tag = weights.partition(":")
+    if kind == "hub":
+        path, tag = fetch(tag)
+        source = f"hub:{tag}"
+    else:
+        path = find_weights(weights)
+        source = weights if weights.startswith(("package:", "file:")) else f"file:{weights}"
+    return build(path), source, file_sha256(path)
 
 
 def find_weights(weights: str) -> Path:
