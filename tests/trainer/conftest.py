@@ -70,7 +70,7 @@ class Recorded:
                 "train": f"{self.folder}/shards/train-*.tar",
                 "held_out": f"{self.folder}/shards/held-out.tar",
             },
-            "student": {"name": "vit_ti16", "width": 24, "depth": 2, "heads": 2, "positions": 2},
+            "student": {"name": "radio_vit_ti16", "width": 24, "depth": 2, "heads": 2, "max_size": 32},
             "training": settings | training,
             "evaluation": {"k": 3},
         }

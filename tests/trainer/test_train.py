@@ -315,7 +315,7 @@ def test_the_rate_warms_up_falls_as_a_cosine_and_ends_at_zero() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize("name", ["vit_ti16", "timm/test_vit", "timm/test_resnet", "timm/test_vit_relpos"])
+@pytest.mark.parametrize("name", ["radio_vit_ti16", "eradio_xt", "timm/test_vit", "timm/test_resnet", "timm/test_vit_relpos"])
 def test_norms_biases_tokens_and_positions_do_not_decay(name: str) -> None:
     settings = TrainConfig.model_validate(
         {

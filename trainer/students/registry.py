@@ -11,13 +11,25 @@ import timm
 
 from storage_schemas.errors import UserError
 from trainer.students.base import Backbone, Student
+from trainer.students.eradio import ERadio
 from trainer.students.timm import TimmBackbone
-from trainer.students.vit import VisionTransformer
+from trainer.students.vit import RadioViT
 
 STUDENTS: dict[str, Callable[..., Backbone]] = {
-    "vit_ti16": partial(VisionTransformer, width=192, depth=12, heads=3),
-    "vit_s16": partial(VisionTransformer, width=384, depth=12, heads=6),
-    "vit_b16": partial(VisionTransformer, width=768, depth=12, heads=12),
+    "radio_vit_ti16": partial(RadioViT, width=192, depth=12, heads=3, max_size=512),
+    "radio_vit_s16": partial(RadioViT, width=384, depth=12, heads=6, max_size=512),
+    "radio_vit_b32": partial(RadioViT, width=768, depth=12, heads=12, patch_size=32),
+    "radio_vit_b16": partial(RadioViT, width=768, depth=12, heads=12),
+    "radio_vit_b14": partial(RadioViT, width=768, depth=12, heads=12, patch_size=14, max_size=1050),
+    "radio_vit_l16": partial(RadioViT, width=1024, depth=24, heads=16),
+    "radio_vit_l14": partial(RadioViT, width=1024, depth=24, heads=16, patch_size=14, max_size=1050),
+    "radio_vit_h16": partial(RadioViT, width=1280, depth=32, heads=16),
+    "radio_vit_h14": partial(RadioViT, width=1280, depth=32, heads=16, patch_size=14, max_size=1050),
+    "eradio_xt": partial(ERadio, width=64, layers=(1, 3, 4, 5)),
+    "eradio_t": partial(ERadio, width=80, layers=(1, 3, 4, 5)),
+    "eradio_s": partial(ERadio, width=96),
+    "eradio_b": partial(ERadio, width=128),
+    "eradio_l": partial(ERadio, width=192),
 }
 
 TIMM = "timm/"
