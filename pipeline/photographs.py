@@ -1,6 +1,7 @@
 """Real photographs without a download: those that scikit-image and scikit-learn carry in their wheels.
 
 Drawings, diagrams, logos, scanned pages and microscope slides are left out; of the stereo pair, one is kept.
+They are too few to learn from whole, so each is cut into tiles that share no pixel, and a tile is a sample.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import importlib.util
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+
+from PIL import Image
 
 from storage_schemas.errors import UserError
 
@@ -37,26 +41,37 @@ _SOURCES = (
     ),
     ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
-# An animal, a texture, a building and a machine: no photograph of the other shard shows it.
+# An animal, a texture, a building and a machine: no photograph that is trained on shows it.
 HELD_OUT = ("chelsea", "china", "gravel", "rocket")
+TILE = 200  # pixels a side, about
+EVERY = 4  # of the tiles of the other photographs, one in so many is held out
 
 
 def write_photograph_shards(folder: Path) -> list[Path]:
-    """Two webdataset tars in `folder`, train-00000.tar and held-out-00000.tar, the same bytes anywhere.
+    """Three webdataset tars in `folder`: tiles to train on, held-out tiles of the same photographs, and the
+    tiles of photographs that are held out whole.
 
-    A sample is the original file, its name as caption, and where it comes from. Shards that are already there
+    A sample is a tile as PNG, its name as caption, and where it comes from. Shards that are already there
     with these bytes are left alone. UserError says what to install where a package is missing.
     """
-    photographs = {path.stem: (package, path) for package, path in _find_photographs()}
-    names = sorted(photographs)
-    shards = {
-        "train-00000.tar": [name for name in names if name not in HELD_OUT],
-        "held-out-00000.tar": [name for name in names if name in HELD_OUT],
+    shards: dict[str, list[tuple[str, bytes]]] = {
+        "train-00000.tar": [],
+        "held-out-tiles-00000.tar": [],
+        "held-out-photographs-00000.tar": [],
     }
+    train, tiles, photographs = shards.values()
+    for package, path in sorted(_find_photographs(), key=lambda found: found[1].stem):
+        for number, members in enumerate(_cut_tiles(package, path)):
+            if path.stem in HELD_OUT:
+                photographs += members
+            elif number % EVERY == EVERY // 2:
+                tiles += members
+            else:
+                train += members
     folder.mkdir(parents=True, exist_ok=True)
-    for shard, members in shards.items():
-        _replace(folder / shard, _tar([photographs[name] for name in members]))
-    return [folder / shard for shard in shards]
+    for name, members in shards.items():
+        _replace(folder / name, _tar(members))
+    return [folder / name for name in shards]
 
 
 def _find_photographs() -> list[tuple[str, Path]]:
@@ -77,20 +92,34 @@ def _find_photographs() -> list[tuple[str, Path]]:
     return found
 
 
-def _tar(photographs: list[tuple[str, Path]]) -> bytes:
+def _cut_tiles(package: str, path: Path) -> Iterator[list[tuple[str, bytes]]]:
+    """The members of each tile's sample, row by row."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    rows, columns = (min(3, max(2, round(side / TILE))) for side in (image.height, image.width))
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * image.height // rows, column * image.width // columns
+            bottom, right = (row + 1) * image.height // rows, (column + 1) * image.width // columns
+            sink = io.BytesIO()
+            image.crop((left, top, right, bottom)).save(sink, "PNG")
+            key = f"{path.stem}-{row}-{column}"
+            source = {"package": package, "file": path.name, "top": top, "left": left}
+            caption = f"{path.stem.replace('_', ' ')} {row + 1}.{column + 1}"
+            yield [
+                (f"{key}.png", sink.getvalue()),
+                (f"{key}.txt", caption.encode()),
+                (f"{key}.json", json.dumps(source, sort_keys=True).encode()),
+            ]
+
+
+def _tar(members: list[tuple[str, bytes]]) -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for package, path in photographs:
-            caption = path.stem.replace("_", " ")
-            source = json.dumps({"package": package, "file": path.name}, sort_keys=True)
-            for suffix, content in (
-                (path.suffix, path.read_bytes()),
-                (".txt", caption.encode()),
-                (".json", source.encode()),
-            ):
-                member = tarfile.TarInfo(path.stem + suffix)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return sink.getvalue()
 
 

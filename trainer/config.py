@@ -136,6 +136,10 @@ class TrainConfig(Frozen):
             raise UserError(f"data.held_out: shard {both[0]!r} is in data.train too; take it out of one")
         return found
 
+    def with_held_out(self, url: str) -> TrainConfig:
+        """The same, evaluated on one shard only."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"held_out": (url,)})})
+
 
 def require_same_run(before: TrainConfig, now: TrainConfig, where: str) -> None:
     """UserError naming the first setting of the student or of the training in which `now` differs from what

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from pipeline.photographs import HELD_OUT, write_photograph_shards
+from pipeline.photographs import HELD_OUT, _find_photographs, write_photograph_shards
 from pipeline.shards import index_tar
 from storage_schemas.errors import UserError
 from storage_schemas.pixels import decode
@@ -14,17 +16,28 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 
-def test_every_photograph_decodes_and_is_in_one_shard(tmp_path: Path) -> None:
-    train, held_out = (index_tar(path, path.stem).samples for path in write_photograph_shards(tmp_path))
-    assert sorted(sample.key for sample in held_out) == sorted(HELD_OUT)
-    assert len(train) >= 10
-    assert not {sample.key for sample in train} & set(HELD_OUT)
-    for name, samples in (("train-00000.tar", train), ("held-out-00000.tar", held_out)):
-        data = (tmp_path / name).read_bytes()
-        for sample in samples:
-            image = decode(data[sample.image.offset : sample.image.offset + sample.image.nbytes], 2**22)
-            assert min(image.shape[1:]) >= 300
-            assert sample.caption == sample.key.replace("_", " ")
+def test_every_tile_decodes_and_is_in_one_shard(tmp_path: Path) -> None:
+    pixels: Counter[str] = Counter()
+    photographs: dict[str, set[str]] = {}
+    for path in write_photograph_shards(tmp_path):
+        data = path.read_bytes()
+        for sample in index_tar(path, path.stem).samples:
+            pixels_of_tile = decode(
+                data[sample.image.offset : sample.image.offset + sample.image.nbytes], 2**22
+            )
+            assert min(pixels_of_tile.shape[1:]) >= 100
+            name = sample.key.rsplit("-", 2)[0]
+            assert sample.caption is not None
+            assert sample.caption.startswith(name.replace("_", " "))
+            pixels[name] += pixels_of_tile[0].numel()
+            photographs.setdefault(path.stem, set()).add(name)
+    whole = {}
+    for _, path in _find_photographs():
+        with Image.open(path) as image:
+            whole[path.stem] = image.width * image.height
+    assert pixels == whole
+    assert photographs["held-out-photographs-00000"] == set(HELD_OUT)
+    assert photographs["train-00000"] == photographs["held-out-tiles-00000"] == set(whole) - set(HELD_OUT)
 
 
 def test_shards_are_the_same_bytes_anywhere_and_left_alone_when_they_are_there(tmp_path: Path) -> None:
@@ -36,7 +49,7 @@ def test_shards_are_the_same_bytes_anywhere_and_left_alone_when_they_are_there(t
     assert again == first
     assert again[0].stat().st_ino == before[0]
     assert again[1].read_bytes() == second[1].read_bytes()
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {"train-00000.tar", "held-out-00000.tar"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in second}
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

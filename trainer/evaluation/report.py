@@ -18,7 +18,7 @@ from trainer.evaluation.figures import Curve, Pixels, data_uri, line_chart
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A view as the student saw it, and the name of its photograph."""
+    """A view as the student saw it, and the name of its image."""
 
     name: str
     pixels: Pixels
@@ -54,7 +54,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A photograph found, and the cosine similarity of its summary to the query's."""
+    """An image found, and the cosine similarity of its summary to the query's."""
 
     view: Picture
     similarity: float
@@ -62,9 +62,9 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The training photographs most like a held-out one, by a teacher's summary and by the student's of it.
+    """The training images most like a held-out one, by a teacher's summary and by the student's of it.
 
-    candidates: how many photographs there were to choose from.
+    candidates: how many images there were to choose from.
     """
 
     query: Picture
@@ -72,6 +72,18 @@ class Neighbours:
     candidates: int
     by_teacher: Sequence[Neighbour]
     by_student: Sequence[Neighbour]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What was measured on one source shard that training never saw; `title` says what is in it."""
+
+    title: str
+    images: int
+    views: int
+    distances: Sequence[Distance]
+    panels: Sequence[Panel]
+    neighbours: Sequence[Neighbours]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +100,28 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Everything the page shows. `photographs` and `views` are of training unless they say `held_out_`.
+    """Everything the page shows. `images` and `views` are those of training.
 
     curves: loss at each step. `total` stands in a chart of its own, the others share one.
     """
 
-    photographs: int
-    held_out_photographs: int
+    images: int
     views: int
-    held_out_views: int
     teachers: Sequence[TeacherSpec]
     student: str
     curves: Mapping[str, Curve]
-    distances: Sequence[Distance]
-    panels: Sequence[Panel]
-    neighbours: Sequence[Neighbours]
+    held_out: Sequence[HeldOut]
     costs: Costs
+
+    @property
+    def held_out_images(self) -> int:
+        """Of all the held-out shards."""
+        return sum(part.images for part in self.held_out)
+
+    @property
+    def held_out_views(self) -> int:
+        """Of all the held-out shards."""
+        return sum(part.views for part in self.held_out)
 
 
 def write_report(report: DemoReport, path: Path) -> None:
@@ -118,22 +136,42 @@ def render(report: DemoReport) -> str:
     """The page."""
     sections = [
         _section("What was done", words.WHAT, _facts(report), _teachers(report.teachers)),
-        _section("Does the student predict the teachers?", words.DISTANCE, _distances(report.distances)),
+        _section("Does the student predict the teachers?", words.DISTANCE, *map(_distances, report.held_out)),
         _section("How the loss fell", words.LOSS, _charts(report.curves)),
-        _section("What teacher and student see", words.PANELS, *map(_panel, report.panels)),
-        _section("Which photographs look alike", words.NEIGHBOURS, *map(_neighbours, report.neighbours)),
+        _section("What teacher and student see", words.PANELS, *map(_panels, report.held_out)),
+        _section("Which tiles look alike", words.NEIGHBOURS, *map(_all_neighbours, report.held_out)),
         _section("What it cost", words.COSTS.format_map(_saving(report)), _costs(report)),
-        _section("What this run cannot show", words.LIMITS.format(photographs=report.photographs)),
+        _section("What this run cannot show", words.LIMITS),
     ]
     return words.PAGE.format(css=words.CSS, head=_head(report), sections="".join(sections))
 
 
 def _head(report: DemoReport) -> str:
-    changes = [f"{_change(d.before, d.after)} for {escape(d.teacher)}" for d in report.distances]
-    beaten = sum(d.after < d.mean_predictor for d in report.distances)
-    return words.HEAD.format(
-        teachers=len(report.teachers), changes=" and ".join(changes), beaten=beaten, of=len(report.distances)
+    lines = [_verdict(part) for part in report.held_out]
+    return words.HEAD.format(teachers=len(report.teachers)) + "".join(lines)
+
+
+def _verdict(part: HeldOut) -> str:
+    changes = [
+        f"{_change(d.mean_predictor, d.after)} from a constant answer for {escape(d.teacher)}"
+        for d in part.distances
+    ]
+    beaten = sum(d.after < d.mean_predictor for d in part.distances)
+    return words.VERDICT.format(
+        title=escape(part.title), changes=", ".join(changes), beaten=beaten, of=len(part.distances)
     )
+
+
+def _grouped(part: HeldOut, body: str) -> str:
+    return f"<h3>{escape(part.title)}</h3>{body}"
+
+
+def _panels(part: HeldOut) -> str:
+    return _grouped(part, "".join(map(_panel, part.panels)))
+
+
+def _all_neighbours(part: HeldOut) -> str:
+    return _grouped(part, "".join(map(_neighbours, part.neighbours)))
 
 
 def _section(title: str, text: str, *body: str) -> str:
@@ -143,7 +181,7 @@ def _section(title: str, text: str, *body: str) -> str:
 def _facts(report: DemoReport) -> str:
     costs = report.costs
     return _tiles(
-        ("photographs", f"{report.photographs} + {report.held_out_photographs}", "training + held out"),
+        ("tiles", f"{report.images} + {report.held_out_images}", "training + held out"),
         ("views recorded", f"{report.views:,} + {report.held_out_views:,}", "training + held out"),
         ("student", escape(report.student), f"{costs.student_parameters / 1e6:.1f} M parameters"),
         ("from start to report", _seconds(sum(costs.seconds.values())), "wall clock"),
@@ -180,9 +218,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _distances(distances: Sequence[Distance]) -> str:
-    longest = max((v for d in distances for v in (d.before, d.after, d.mean_predictor)), default=1.0)
-    return f'<div class="pair">{"".join(_distance(distance, longest) for distance in distances)}</div>'
+def _distances(part: HeldOut) -> str:
+    longest = max((v for d in part.distances for v in (d.before, d.after, d.mean_predictor)), default=1.0)
+    figures = "".join(_distance(distance, longest) for distance in part.distances)
+    return _grouped(part, f'<div class="pair">{figures}</div>')
 
 
 def _distance(distance: Distance, longest: float) -> str:
@@ -197,7 +236,7 @@ def _distance(distance: Distance, longest: float) -> str:
         for label, value, kind in bars
     )
     return (
-        f"<figure><h3>{escape(distance.teacher)}</h3>{rows}"
+        f"<figure><h4>{escape(distance.teacher)}</h4>{rows}"
         f"<figcaption>{_change(distance.before, distance.after)} from the untrained student, "
         f"{_change(distance.mean_predictor, distance.after)} from the constant answer</figcaption></figure>"
     )
@@ -231,10 +270,10 @@ def _neighbours(found: Neighbours) -> str:
     by_chance = len(found.by_teacher) * len(found.by_student) / max(1, found.candidates)
     return (
         f'<div class="neighbours">{_picture(found.query, found.query.name)}<div>'
-        f"<h3>Nearest by {escape(found.teacher)}</h3>{_strip(found.by_teacher, shared)}"
-        f"<h3>Nearest by the student</h3>{_strip(found.by_student, shared)}"
+        f"<h4>Nearest by {escape(found.teacher)}</h4>{_strip(found.by_teacher, shared)}"
+        f"<h4>Nearest by the student</h4>{_strip(found.by_student, shared)}"
         f"<small>{len(shared)} of {len(found.by_student)} in common; picking blindly among the "
-        f"{found.candidates} photographs would give {by_chance:.1f}.</small></div></div>"
+        f"{found.candidates} tiles would give {by_chance:.1f}.</small></div></div>"
     )
 
 

@@ -20,14 +20,22 @@ PAGE = """<!doctype html>
 """
 
 HEAD = """<p>Rebroadcast</p>
-<h1>{teachers} teachers recorded once, one student taught from the recording</h1>
-<p>On photographs that training never saw, the student's distance to its teachers changed by {changes}. It is
-closer to them than a constant answer for {beaten} of {of} teachers.</p>"""
+<h1>{teachers} teachers recorded once, one student taught from the recording</h1>"""
 
-WHAT = """Each teacher ran once over every view of the photographs, and its features were stored with the crop
-that it saw. The student then trained on the stored features alone: it cut the same crops out of the same
-photographs and learned to predict what each teacher had said of them. No teacher was in memory while it
-trained. The held-out photographs were recorded the same way and kept from training."""
+HELD_OUT_TITLES = {
+    "held-out-tiles-00000": "Unseen tiles of photographs whose other tiles it trained on",
+    "held-out-photographs-00000": "Photographs of which it has seen nothing",
+}
+
+VERDICT = """<p>{title}: the student's distance to its teachers is {changes}; it is below the constant for
+{beaten} of {of}.</p>"""
+
+WHAT = """A few photographs were cut into tiles that share no pixel. Each teacher ran once over every view (a
+crop) of every tile, and its features were stored with the crop that it saw. The student then trained on the
+stored features alone: it cut the same crops out of the same tiles and learned to predict what each teacher
+had said of them. No teacher was in memory while it trained. Two kinds of tile were recorded the same way and
+kept from training: one in four tiles of the photographs that it trained on, whose colours, light and texture
+it therefore knows, and every tile of other photographs, of which it has seen nothing."""
 
 DISTANCE = """The distance is the spatial loss, 0.9 × (1 − cosine) + 0.1 × smooth L1, averaged over the
 patches of the held-out views: 0 is a perfect copy. The student's grid is resized to the teacher's before they
@@ -42,22 +50,23 @@ axes: the leading principal components of the teacher's features. The student's 
 is drawn on the same axes with the same scale, so the same colour is the same direction. Washed-out colours
 mean a prediction close to the teacher's mean."""
 
-NEIGHBOURS = """For a held-out photograph, the most similar training photographs by cosine of the summary
-vectors: once by what the teacher said, once by what the student predicts that the teacher would say.
-Photographs that both found are outlined."""
+NEIGHBOURS = """For a held-out tile, the most similar training tiles by cosine of the summary vectors: once by
+what the teacher said, once by what the student predicts that the teacher would say. Tiles that both found are
+outlined."""
 
 COSTS = """The teachers looked at {recorded} training views, once each. The student looked at {trained} while
 it trained, {ratio} times as many. With the teachers in the loop they would have run on every one of those:
 {seconds} at the rate measured here, and again for every further student. Bytes are what lies on disk,
 checksums and indices included."""
 
-LIMITS = """A student that sees {photographs} photographs learns those photographs. That the held-out distance
-falls shows that recording, crop replay, losses and training fit together; it says nothing about how well a
-student generalises, which architecture is better, or how it would do at retrieval, segmentation or anything
-else. The held-out photographs are few and come from the same two collections, so another split would give
-other numbers. The neighbours are a look, not a measurement. The teachers are small classifiers from ImageNet,
-chosen because they fit on a laptop, and the seconds are of one machine that may have been doing other
-things."""
+LIMITS = """A student that sees the tiles of a handful of photographs learns those photographs. Held-out tiles
+of the same photographs show that recording, crop replay, losses and training fit together; photographs that
+it has never seen show how little that is worth elsewhere: there it is about as far from its teachers as a
+constant, or farther. So nothing here says how well a student generalises, which architecture is better, or
+how it would do at retrieval, segmentation or anything else. The held-out tiles are few, so another split
+would give other numbers, and the neighbours are a look, not a measurement. The teachers are small classifiers
+from ImageNet, chosen because they fit on a laptop, and the seconds are of one machine that may have been
+doing other things."""
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --ink: #1d1c1a; --soft: #66625b; --line: #dedad2; --tile:
@@ -77,7 +86,8 @@ h1, h2 { font-family: Charter, "Bitstream Charter", Georgia, serif; line-height:
 h1 { font-size: clamp(28px, 5vw, 44px); font-weight: 600; margin: 0 0 20px; max-width: 20em; letter-spacing:
   -0.01em; }
 h2 { font-size: 25px; font-weight: 600; margin: 0 0 10px; }
-h3 { font-size: 14px; font-weight: 600; margin: 0 0 8px; }
+h3 { font-size: 17px; font-weight: 600; margin: 26px 0 12px; }
+h4 { font-size: 14px; font-weight: 600; margin: 0 0 8px; }
 p { max-width: 68ch; margin: 0 0 22px; }
 header p { font-size: 18px; }
 header p:first-child { margin: 0 0 14px; font-size: 14px; font-weight: 600; color: var(--accent);

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
@@ -21,46 +23,54 @@ from trainer.evaluation.report import (
     DemoReport,
     Distance,
     FeatureMaps,
+    HeldOut,
     Neighbour,
     Neighbours,
     Panel,
     Picture,
 )
+from trainer.evaluation.report_words import HELD_OUT_TITLES
 from trainer.metrics import read_metrics
-from trainer.reader import Batch, TargetReader
+from trainer.reader import TargetReader
 from trainer.train import make_reader
 
 CPU = torch.device("cpu")
-PANELS = 4  # held-out photographs that are shown
-NEIGHBOURS = 4
+PANELS = 3  # images shown of each held-out shard
+NEIGHBOURS = 5
 BATCH = 32
 
 
 def make_showcase(
-    recipe: dict[str, Any], checkpoint: Path, seconds: Mapping[str, float], extract_rate: float
+    recipe: dict[str, Any], checkpoint: Path, record_seconds: float, record_rate: float
 ) -> DemoReport:
-    """Evaluate a trained student of the recipe against its store, for the page that `report` renders."""
+    """Evaluate a trained student of the recipe against its store, for the page that `report` renders.
+
+    record_rate: views a second through all the teachers, as measured while recording for `record_seconds`.
+    """
     config = TrainConfig.from_recipe(recipe)
     model = load_distillation(checkpoint)[0]
-    train, held_out = make_reader(config), make_reader(config, held_out=True)
+    train = make_reader(config)
     metrics = read_metrics(Path(config.training.output))
-    first_views = _View0.of(model, held_out)
-    store = train.store
+    predictors: dict[str, Predict] = {
+        "before": untrained(config, train.specs).eval(),
+        "after": model,
+        "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
+    }
+    bank = _first_views(model, train)
     return DemoReport(
-        photographs=len(train) // store.manifest.views_per_image,
-        held_out_photographs=len(held_out) // store.manifest.views_per_image,
+        images=len(bank.names),
         views=len(train),
-        held_out_views=len(held_out),
         teachers=list(train.specs.values()),
         student=config.student.name,
         curves=_curves(metrics),
-        distances=_distances(config, model, train, held_out),
-        panels=first_views.panels(),
-        neighbours=first_views.neighbours(_View0.of(model, train)),
+        held_out=[
+            _held_out(shard, config.with_held_out(url), model, predictors, bank)
+            for shard, url in config.held_out_shards().items()
+        ],
         costs=Costs(
-            stored_bytes={name: _stored_bytes(store, name) for name in train.teachers},
-            seconds=seconds,
-            extract_rate=extract_rate,
+            stored_bytes={name: _stored_bytes(train.store, name) for name in train.teachers},
+            seconds={"record": record_seconds, "train": _train_seconds(metrics, config.training.batch_size)},
+            extract_rate=record_rate,
             train_rate=float(np.median([line["images_per_second"] for line in metrics])),
             trained_views=config.training.steps * config.training.batch_size,
             student_parameters=sum(p.numel() for p in model.student.parameters()),
@@ -75,83 +85,105 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]
     }
 
 
-def _distances(
-    config: TrainConfig, model: Distillation, train: TargetReader, held_out: TargetReader
-) -> list[Distance]:
-    predictors: dict[str, Predict] = {
-        "before": untrained(config, train.specs).eval(),
-        "after": model,
-        "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
-    }
-    found = feature_distances(predictors, held_out, BATCH, CPU, config.training.loss)
-    return [
-        Distance(teacher, **{who: by_teacher[teacher].spatial for who, by_teacher in found.items()})
-        for teacher in held_out.teachers
-    ]
+def _train_seconds(metrics: list[dict[str, Any]], batch_size: int) -> float:
+    """From the rate of each line, so that a run that was interrupted counts whole."""
+    steps = np.diff([line["step"] for line in metrics], prepend=0)
+    return float(sum(steps * batch_size / np.array([line["images_per_second"] for line in metrics])))
 
 
 def _stored_bytes(store: FeatureStore, teacher: str) -> int:
     return sum(store.commit(teacher, shard).bytes for shard in store.shards(teacher))
 
 
-class _View0:
-    """View 0 of every photograph of a reader: as the student sees it, as recorded, and as predicted."""
+def _held_out(
+    shard: str, config: TrainConfig, model: Distillation, predictors: Mapping[str, Predict], bank: _Views
+) -> HeldOut:
+    reader = make_reader(config, held_out=True)
+    found = feature_distances(predictors, reader, BATCH, CPU, config.training.loss)
+    queries = _first_views(model, reader)
+    shown = np.linspace(0, len(queries.names) - 1, min(PANELS, len(queries.names))).astype(int).tolist()
+    return HeldOut(
+        title=HELD_OUT_TITLES.get(shard, shard),
+        images=len(queries.names),
+        views=len(reader),
+        distances=[
+            Distance(teacher, **{who: by_teacher[teacher].spatial for who, by_teacher in found.items()})
+            for teacher in reader.teachers
+        ],
+        panels=_panels(queries, shown),
+        neighbours=_neighbours(bank, queries, shown),
+    )
 
-    def __init__(self, names: list[str], batch: Batch, predicted: dict[str, TeacherOutput]) -> None:
-        self.names = names
-        self.batch = batch
-        self.predicted = predicted
 
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, model: Distillation, reader: TargetReader) -> _View0:
-        captions = {shard: reader.store.views(shard)["caption"].to_pylist() for shard in reader.shards}
-        [batch] = reader.in_order(10_000, view=0)
-        names = [captions[reader.shards[shard]][row] for shard, row in batch.views.tolist()]
-        return cls(names, batch, model(batch.images))
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """View 0 of some images: as the student sees it, as recorded, and as predicted."""
+
+    names: list[str]
+    images: torch.Tensor  # uint8 n 3 height width
+    targets: dict[str, TeacherOutput]
+    predicted: dict[str, TeacherOutput]
 
     def picture(self, place: int) -> Picture:
-        return Picture(self.names[place], self.batch.images[place].permute(1, 2, 0).contiguous().numpy())
+        return Picture(self.names[place], self.images[place].permute(1, 2, 0).contiguous().numpy())
 
-    def panels(self) -> list[Panel]:
-        """Colours are fitted on all the shown views of a teacher together, so they can be compared."""
-        count = min(PANELS, len(self.names))
-        maps = {
-            name: pca_rgb(target.spatial[:count].float(), self.predicted[name].spatial[:count])
-            for name, target in self.batch.targets.items()
-        }
+
+def _first_views(model: Distillation, reader: TargetReader) -> _Views:
+    captions = {shard: reader.store.views(shard)["caption"].to_pylist() for shard in reader.shards}
+    names, images, targets, predicted = [], [], [], []
+    for batch in reader.in_order(BATCH, view=0):
+        names += [captions[reader.shards[shard]][row] for shard, row in batch.views.tolist()]
+        images.append(batch.images)
+        targets.append(batch.targets)
+        with torch.inference_mode():
+            predicted.append(model(batch.images))
+    return _Views(names, torch.cat(images), _joined(targets), _joined(predicted))
+
+
+def _joined(outputs: list[dict[str, TeacherOutput]]) -> dict[str, TeacherOutput]:
+    return {
+        name: TeacherOutput(
+            torch.cat([output[name].summary for output in outputs]).float(),
+            torch.cat([output[name].spatial for output in outputs]).float(),
+        )
+        for name in outputs[0]
+    }
+
+
+def _panels(views: _Views, shown: list[int]) -> list[Panel]:
+    """Colours are fitted on all the shown views of a teacher together, so they can be compared."""
+    maps = {
+        name: pca_rgb(target.spatial[shown], views.predicted[name].spatial[shown])
+        for name, target in views.targets.items()
+    }
+    return [
+        Panel(
+            views.picture(place), [FeatureMaps(name, both[0][i], both[1][i]) for name, both in maps.items()]
+        )
+        for i, place in enumerate(shown)
+    ]
+
+
+def _neighbours(bank: _Views, queries: _Views, shown: list[int]) -> list[Neighbours]:
+    """For each shown image, those of `bank` nearest by the first teacher's summary and as predicted."""
+    teacher = next(iter(queries.targets))
+
+    def found(kind: str, place: int) -> list[Neighbour]:
+        candidates = getattr(bank, kind)[teacher].summary  # n d
+        query = getattr(queries, kind)[teacher].summary[[place]]  # 1 d
+        index = nearest(candidates, query, min(NEIGHBOURS, len(candidates)))[0]
+        similarity = F.cosine_similarity(query, candidates[index])
         return [
-            Panel(self.picture(i), [FeatureMaps(name, both[0][i], both[1][i]) for name, both in maps.items()])
-            for i in range(count)
+            Neighbour(bank.picture(i), s) for i, s in zip(index.tolist(), similarity.tolist(), strict=True)
         ]
 
-    def neighbours(self, bank: _View0) -> list[Neighbours]:
-        """For each photograph, those of `bank` nearest by the first teacher's summary and as predicted."""
-        teacher = next(iter(self.predicted))
-        by_teacher = _similar(bank.batch.targets[teacher], self.batch.targets[teacher])
-        by_student = _similar(bank.predicted[teacher], self.predicted[teacher])
-
-        def found(similarity: torch.Tensor, index: torch.Tensor) -> list[Neighbour]:
-            return [
-                Neighbour(bank.picture(i), s)
-                for s, i in zip(similarity.tolist(), index.tolist(), strict=True)
-            ]
-
-        return [
-            Neighbours(
-                self.picture(i),
-                teacher,
-                len(bank.names),
-                found(by_teacher[0][i], by_teacher[1][i]),
-                found(by_student[0][i], by_student[1][i]),
-            )
-            for i in range(min(PANELS, len(self.names)))
-        ]
-
-
-def _similar(bank: TeacherOutput, queries: TeacherOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """(similarity, index), each m k, nearest first."""
-    a, b = bank.summary.float(), queries.summary.float()
-    index = nearest(a, b, min(NEIGHBOURS, len(a)))  # m k
-    similarity = torch.nn.functional.cosine_similarity(b[:, None], a[index], dim=-1)
-    return similarity, index
+    return [
+        Neighbours(
+            queries.picture(place),
+            teacher,
+            len(bank.names),
+            found("targets", place),
+            found("predicted", place),
+        )
+        for place in shown
+    ]

@@ -18,6 +18,7 @@ from trainer.evaluation.report import (
     DemoReport,
     Distance,
     FeatureMaps,
+    HeldOut,
     Neighbour,
     Neighbours,
     Panel,
@@ -81,19 +82,24 @@ def report(name: str = "cat") -> DemoReport:
     view = Picture(name, pixels(96))
     near = [Neighbour(view, 0.8125), Neighbour(Picture("coffee", pixels(96)), 0.5)]
     return DemoReport(
-        photographs=18,
-        held_out_photographs=6,
+        images=18,
         views=144,
-        held_out_views=48,
         teachers=[spec],
         student=name,
         curves={
             "total": [(1, 2.0), (2, math.nan), (3, 1.0)],
             f"{name} summary": [(1, 0.75), (2, 0.5), (3, 0.25)],
         },
-        distances=[Distance(name, before=0.9, after=0.45, mean_predictor=0.6)],
-        panels=[Panel(view, [FeatureMaps(name, pixels(7), pixels(7))])],
-        neighbours=[Neighbours(view, name, 18, near, near[:1])],
+        held_out=[
+            HeldOut(
+                title=name,
+                images=6,
+                views=48,
+                distances=[Distance(name, before=0.9, after=0.45, mean_predictor=0.6)],
+                panels=[Panel(view, [FeatureMaps(name, pixels(7), pixels(7))])],
+                neighbours=[Neighbours(view, name, 18, near, near[:1])],
+            )
+        ],
         costs=Costs({name: 19_200_000}, {name: 83.4}, 12.5, 104.0, 9600, 5_600_000),
     )
 
@@ -112,7 +118,7 @@ def test_the_page_needs_nothing_else() -> None:
     [
         ("18 + 6", "144 + 48", "1 min 23 s", "5.6 M parameters"),
         ("tf_efficientnet_lite0", "224 × 224", "7 × 7", "1,280", "fp16"),
-        ("0.9000", "0.4500", "0.6000", "−50 %", "−25 %", "1 of 1 teachers"),
+        ("0.9000", "0.4500", "0.6000", "−50 %", "−25 %", "for\n1 of 1"),
         ("0.81 cat", "1 of 1 in common", "would give 0.1"),
         ("12.5", "104.0", "66.7 times", "19.2 MB", "100.0 kB"),
     ],
@@ -131,7 +137,7 @@ def test_names_are_escaped_wherever_they_stand() -> None:
 
 
 def test_a_run_with_nothing_to_show_still_has_a_page() -> None:
-    empty = replace(report(), teachers=[], curves={"total": []}, distances=[], panels=[], neighbours=[])
+    empty = replace(report(), teachers=[], curves={"total": []}, held_out=[])
     assert "What this run cannot show" in render(empty)
     Page(render(empty))
 
