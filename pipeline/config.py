@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator
@@ -33,8 +35,8 @@ class RecordingConfig(Frozen):
 
     batch_size: views a forward. decode_threads: readers and decoders in each worker. attempts: how often a
     shard is tried before it is listed as failed. workers, ray_address, actor_cpus, actor_gpus: for executor
-    `ray`; `auto` takes it where there are several workers or an address (here or in RAY_ADDRESS). device:
-    `auto` is a GPU if there is one.
+    `ray`; `auto` takes it where there are several workers or an address (here or in RAY_ADDRESS). actor_cpus:
+    that Ray reserves for each actor, and threads of its teachers. device: `auto` is a GPU if there is one.
     """
 
     batch_size: Positive = 32
@@ -59,11 +61,11 @@ class ExtractConfig(Frozen):
     @field_validator("teachers")
     @classmethod
     def _named(cls, teachers: dict[str, TeacherConfig]) -> dict[str, TeacherConfig]:
-        import re
-
-        for name in teachers:
-            if not re.match(TEACHER_NAME, name):
+        for name, teacher in teachers.items():
+            if not re.fullmatch(TEACHER_NAME, name):
                 raise ValueError(f"teacher name {name!r} may hold only letters, digits, '_' and '-'")
+            if "name" in teacher.settings:
+                raise ValueError(f"teacher {name!r} has a key 'name'; the key of the entry is its name")
         return teachers
 
     @classmethod
@@ -80,6 +82,10 @@ class ExtractConfig(Frozen):
             )
         return self.model_copy(update={"teachers": {name: self.teachers[name] for name in teachers}})
 
-    def source_shards(self) -> dict[str, str]:
-        """URLs of all source shards by name."""
-        return expand_shards((*self.data.train, *self.data.held_out))
+    def source_shards(self, glob: str = "*") -> dict[str, str]:
+        """URLs of the source shards by name, of those whose name matches."""
+        found = expand_shards((*self.data.train, *self.data.held_out))
+        chosen = {name: url for name, url in found.items() if fnmatchcase(name, glob)}
+        if not chosen:
+            raise UserError(f"--shards: {glob!r} matches none of {len(found)} source shards")
+        return chosen

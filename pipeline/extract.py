@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 
 from pipeline.config import ExtractConfig
 from pipeline.executors import OnViews, Task, prepare
 from pipeline.plan import Plan, require_space
 from pipeline.recorder import Receipt
-from storage_schemas.errors import UserError
+from storage_schemas.manifest import TeacherSpec
 from storage_schemas.store import FeatureStore
 
 
@@ -26,8 +25,8 @@ class ExtractReport:
     views: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    statuses: Counter[str] = field(default_factory=Counter)
-    invalid: Counter[str] = field(default_factory=Counter)
+    statuses: dict[str, int] = field(default_factory=dict)
+    invalid: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -42,10 +41,12 @@ class ExtractReport:
             self.failed[receipt.shard] = receipt.error
             return
         self.recorded += bool(receipt.committed)
+        self.already_done += not receipt.committed  # by another driver, while this one ran
         self.views += receipt.views
         self.bytes += receipt.bytes
-        self.statuses.update(receipt.statuses)
-        self.invalid.update(receipt.invalid)
+        for total, counts in ((self.statuses, receipt.statuses), (self.invalid, receipt.invalid)):
+            for name, count in counts.items():
+                total[name] = total.get(name, 0) + count
         for teacher, fidelity in receipt.fidelity.items():
             old = self.fidelity.get(teacher, fidelity)
             self.fidelity[teacher] = {name: min(old[name], value) for name, value in fidelity.items()}
@@ -60,15 +61,12 @@ def extract(
 ) -> ExtractReport:
     """Record every source shard whose name matches `shards` and that lacks a commit for one of the teachers.
 
-    Run it again after any interruption: it takes up what is missing. UserError before any shard is read if
+    Run it again after any interruption: it takes up what is missing. UserError, and nothing is written, if
     the store was made otherwise, if a teacher differs, or if the free space does not suffice.
     """
-    sources = {name: url for name, url in config.source_shards().items() if fnmatch(name, shards)}
-    if not sources:
-        raise UserError(f"--shards: {shards!r} matches none of {len(config.source_shards())} source shards")
-    store = FeatureStore.create(config.store.url, config.store.manifest())
+    sources = config.source_shards(shards)
     specs, run = prepare(config)
-    committed = {spec.name: set(store.shards(spec.name)) for spec in specs}
+    committed = _find_committed(config, specs)
     queue = deque(
         Task(name, url)
         for name, url in sources.items()
@@ -78,6 +76,7 @@ def extract(
     if not queue:
         return report
     on_start(require_space(config, specs, {task.shard: task.url for task in queue}, committed))
+    FeatureStore.create(config.store.url, config.store.manifest())
     started = time.monotonic()
     for task, receipt in run(queue, on_views):
         again = receipt.retry and task.attempt < config.extract.attempts
@@ -89,3 +88,13 @@ def extract(
             report.add(receipt)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _find_committed(config: ExtractConfig, specs: list[TeacherSpec]) -> dict[str, set[str]]:
+    """Names of the shards that each teacher has already; UserError if the store or a teacher is another."""
+    if not FeatureStore.exists(config.store.url):
+        return {spec.name: set() for spec in specs}
+    store = FeatureStore.open(config.store.url)
+    store.require(config.store.manifest(), specs)
+    there = set(store.teachers())
+    return {spec.name: set(store.shards(spec.name)) if spec.name in there else set() for spec in specs}

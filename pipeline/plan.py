@@ -8,24 +8,25 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from statistics import mean
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import ExtractConfig
 from pipeline.executors import load_teachers
-from pipeline.recorder import cut_views
+from pipeline.recorder import cut_views, split_views
 from pipeline.shards import index_tar
 from pipeline.teachers import Teacher
-from storage_schemas.errors import UserError
+from storage_schemas.errors import DataDamage, UserError
+from storage_schemas.layout import chunk_paths, metadata_paths, part_bytes
 from storage_schemas.manifest import StoreManifest, TeacherSpec
 from storage_schemas.objects import RangeReader, local_file, open_objects
-from storage_schemas.parts import part_bytes, part_objects
 
 # Tars are counted until there are so many, or so many bytes of them; rows of the others are estimated from
 # their mean.
 COUNTED_SHARDS, COUNTED_BYTES = 16, 1 << 30
-VIEW_BYTES = 128  # of the view table, a row: an upper bound without long captions
+VIEW_BYTES = 128  # of a row of the view table: more than it takes, unless captions are long
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ def make_plan(config: ExtractConfig, images_per_second: float | None = None, tri
         images_per_second = _trial(
             next(iter(sources.values())), teachers, manifest, config.extract.batch_size, trial
         )
-    rows, exact = _count_rows(sources, manifest)
-    costs = tuple(_cost(teacher.spec, rows, len(sources), _gflops(teacher)) for teacher in teachers)
-    free = open_objects(config.store.url, create=True).free_bytes()
-    return Plan(len(sources), rows, exact, costs, free, images_per_second)
+    counted = _count_rows(sources, manifest)
+    costs = tuple(_cost(teacher.spec, counted, len(sources), _gflops(teacher)) for teacher in teachers)
+    return _plan(config, counted, len(sources), costs, images_per_second)
 
 
 def require_space(
@@ -93,12 +93,10 @@ def require_space(
     """The plan of what is missing; UserError with both figures if the store's file system has not the room
     for it.
     """
-    rows, exact = _count_rows(sources, config.store.manifest())
-    share = {
-        spec.name: sum(name not in committed[spec.name] for name in sources) / len(sources) for spec in specs
-    }
-    costs = tuple(_cost(spec, round(rows * share[spec.name]), len(sources)) for spec in specs)
-    plan = Plan(len(sources), rows, exact, costs, open_objects(config.store.url).free_bytes())
+    counted = _count_rows(sources, config.store.manifest())
+    missing = {spec.name: sum(name not in committed[spec.name] for name in sources) for spec in specs}
+    costs = tuple(_cost(spec, counted, missing[spec.name]) for spec in specs)
+    plan = _plan(config, counted, len(sources), costs)
     if not plan.fits:
         raise UserError(
             f"store.url: {config.store.url!r} has {plan.free_bytes:,} bytes free, recording needs about "
@@ -107,21 +105,50 @@ def require_space(
     return plan
 
 
-def _count_rows(sources: Mapping[str, str], manifest: StoreManifest) -> tuple[int, bool]:
+def _plan(
+    config: ExtractConfig,
+    counted: Sequence[int],
+    shards: int,
+    costs: tuple[TeacherCost, ...],
+    images_per_second: float | None = None,
+) -> Plan:
+    free = open_objects(config.store.url, create=True, field="store.url").free_bytes()
+    rows = round(mean(counted) * shards)
+    return Plan(shards, rows, len(counted) == shards, costs, free, images_per_second)
+
+
+def _count_rows(sources: Mapping[str, str], manifest: StoreManifest) -> list[int]:
+    """Rows of each of some shards, evenly spread, or of all; none of one that is damaged."""
     step = max(1, len(sources) // COUNTED_SHARDS)
-    images = counted = nbytes = 0
+    rows: list[int] = []
+    nbytes = 0
     for name, url in islice(sources.items(), 0, None, step):
         if nbytes < COUNTED_BYTES:
-            with local_file(url) as path:
-                index = index_tar(path, name)
-            images, counted, nbytes = images + len(index.samples), counted + 1, nbytes + index.size
-    return round(images * len(sources) / counted) * manifest.views_per_image, counted == len(sources)
+            count, size = _count_images(name, url)
+            rows.append(count * manifest.views_per_image)
+            nbytes += size
+    return rows
 
 
-def _cost(spec: TeacherSpec, rows: int, shards: int, gflops: float | None = None) -> TeacherCost:
-    mean = -(-rows // shards)
-    size, objects = part_bytes(spec, mean) * shards, part_objects(spec, mean) * shards
-    return TeacherCost(spec.name, spec.row_bytes, size, objects, gflops)
+def _count_images(name: str, url: str) -> tuple[int, int]:
+    """Images and bytes; nothing of a damaged tar, which recording will list."""
+    try:
+        with local_file(url) as path:
+            index = index_tar(path, name)
+    except DataDamage:
+        return 0, 0
+    return len(index.samples), index.size
+
+
+def _cost(spec: TeacherSpec, counted: Sequence[int], shards: int, gflops: float | None = None) -> TeacherCost:
+    """Of so many shards that have as many rows as those counted."""
+    size = mean(part_bytes(spec, rows) if rows else 0 for rows in counted) * shards
+    objects = mean(_part_objects(spec, rows) for rows in counted) * shards
+    return TeacherCost(spec.name, spec.row_bytes, round(size), round(objects), gflops)
+
+
+def _part_objects(spec: TeacherSpec, rows: int) -> int:
+    return len(chunk_paths(spec, rows) | metadata_paths(spec, rows)) if rows else 0
 
 
 def _gflops(teacher: Teacher) -> float:
@@ -140,9 +167,9 @@ def _trial(url: str, teachers: list[Teacher], manifest: StoreManifest, batch_siz
         for teacher in teachers:  # the first call of a model is slow
             teacher(torch.zeros(batch_size, 3, teacher.spec.height, teacher.spec.width, dtype=torch.uint8))
         started = time.perf_counter()
-        views = [
-            view for sample in samples for view in cut_views(tar, sample, manifest, resolutions) if view.crops
-        ]
+        chunks = split_views(samples, manifest.views_per_image, batch_size)
+        cut = (cut_views(tar, *chunk, manifest, resolutions) for chunk in islice(chunks, images))
+        views = [view for some in cut for view in some if view.crops]
         for start in range(0, len(views), batch_size):
             batch = views[start : start + batch_size]
             for teacher in teachers:

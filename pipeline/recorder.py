@@ -1,7 +1,9 @@
 """One worker's loop: one source shard, one group of teachers that share its reading and decoding.
 
-Three stages overlap: threads read, decode and cut; this thread runs the teachers; each writer has a thread of
-its own. Nothing is cached between shards, so memory does not grow with their number.
+Three stages overlap: threads read, decode and cut; this thread runs the teachers; another packs the features
+and hands full objects to the writers' threads. Nothing is cached between shards, so memory does not grow with
+their number. Of one shard there are in memory at most (2 · decode_threads + 1) · batch_size crops at each
+resolution, the outputs of three batches, and what `PartWriter` says of each teacher.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pipeline.shards import Sample, index_tar
 from pipeline.teachers import Teacher
 from pipeline.writer import PartWriter
 from storage_schemas.commits import SourceTar
+from storage_schemas.errors import DataDamage
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import StoreManifest, TeacherSpec
 from storage_schemas.objects import RangeReader, local_file, open_objects
@@ -39,8 +42,9 @@ Resolution = tuple[int, int]  # height, width
 class Receipt:
     """What a worker says of a shard: small, whatever the shard's size.
 
-    `committed` are the teachers whose part this attempt made count; `statuses` counts views by ViewStatus,
-    `invalid` rows without features by teacher; `error` is None, or why nothing of the shard was committed.
+    `committed` are the teachers whose part this attempt made count: none if another driver was faster.
+    `statuses` counts views by ViewStatus, `invalid` rows without features by teacher. `error` is None, or why
+    this attempt ended; with `retry`, another may succeed.
     """
 
     shard: str
@@ -82,20 +86,23 @@ class Recorder:
     def record(self, shard: str, url: str, on_views: Callable[[int], None] = lambda count: None) -> Receipt:
         """Record the shard for every teacher that has no commit for it; `on_views` hears of each batch.
 
-        DataDamage if the tar is damaged, UserError if it is not the one the store knows; nothing is committed
-        then.
+        DataDamage if the tar is damaged or changes meanwhile, UserError if it is not the one the store knows;
+        nothing is committed then.
         """
         started = time.monotonic()
         missing = [name for name in self.teachers if not self.store.has_commit(name, shard)]
         if not missing:
             return Receipt(shard)
         with local_file(url) as path, ExitStack() as stack:
+            before = _identity(path)
             index = index_tar(path, shard)
             rows = len(index.samples) * self.store.manifest.views_per_image
             writers = [PartWriter(self.store, self.teachers[name].spec, shard, rows) for name in missing]
             for writer in writers:
                 stack.callback(writer.close)
             table = self._run(path, index.samples, writers, on_views)
+            if _identity(path) != before:
+                raise DataDamage(f"shard {shard!r}: {url!r} was changed while it was read")
             digest = self.store.put_views(shard, table)
             source = SourceTar(url=url, size=index.size, sha256=index.sha256)
             commits = [commit for writer in writers if (commit := writer.commit(source, digest))]
@@ -117,18 +124,18 @@ class Recorder:
         specs = [writer.spec for writer in writers]
         resolutions = sorted({(spec.height, spec.width) for spec in specs})
         rows: list[dict[str, Any]] = []
-        tar = RangeReader(open_objects(str(path.parent)), path.name)
         with (
+            RangeReader(open_objects(str(path.parent)), path.name) as tar,
             ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode") as decoders,
             ThreadPoolExecutor(1, thread_name_prefix="write") as write,
         ):
             cutting = map_ahead(
                 decoders,
-                lambda sample: cut_views(tar, sample, self.store.manifest, resolutions),
-                samples,
+                lambda item: cut_views(tar, *item, self.store.manifest, resolutions),
+                split_views(samples, self.store.manifest.views_per_image, self.batch_size),
                 ahead=2 * self.decode_threads,
             )
-            views = (view for sample in cutting for view in sample)
+            views = (view for some in cutting for view in some)
             outputs = (self._forward(batch, writers, rows) for batch in _batches(views, self.batch_size))
             for count in map_ahead(write, lambda outputs: _append(writers, outputs), outputs, ahead=2):
                 on_views(count)
@@ -148,10 +155,19 @@ class Recorder:
         return outputs
 
 
+def split_views(samples: list[Sample], views_per_image: int, most: int) -> Iterator[tuple[Sample, range]]:
+    """Each sample with its views, at most `most` at a time: it is decoded again for each such run, and the
+    crops in memory stay few.
+    """
+    for sample in samples:
+        for first in range(0, views_per_image, most):
+            yield sample, range(first, min(first + most, views_per_image))
+
+
 def cut_views(
-    tar: RangeReader, sample: Sample, manifest: StoreManifest, resolutions: list[Resolution]
+    tar: RangeReader, sample: Sample, views: range, manifest: StoreManifest, resolutions: list[Resolution]
 ) -> list[_View]:
-    """All views of one sample: their rows of the view table, and their crops at each resolution."""
+    """Some views of one sample: their rows of the view table, and their crops at each resolution."""
     data = tar.read(sample.image.offset, sample.image.nbytes)
     digest = sha256(data).digest()[:16]
     row: dict[str, Any] = {
@@ -164,7 +180,6 @@ def cut_views(
         "label": sample.label,
         "caption": sample.caption,
     }
-    views = range(manifest.views_per_image)
     try:
         image = decode(data, manifest.max_pixels)  # 3 height width
     except ImageError as error:
@@ -182,6 +197,11 @@ def cut_views(
             _View({**row, "view": view, "height": height, "width": width, **place, "hflip": box.hflip}, crops)
         )
     return made
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _batches(views: Iterator[_View], size: int) -> Iterator[list[_View]]:

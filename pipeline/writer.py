@@ -11,18 +11,12 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from storage_schemas.commits import Commit, ObjectDigest, SourceTar
+from storage_schemas.commits import Commit, ObjectDigest, SourceTar, digest_object
 from storage_schemas.errors import DataDamage
-from storage_schemas.features import (
-    Moments,
-    PackedFeatures,
-    TeacherOutput,
-    pack,
-    sample_tokens,
-)
+from storage_schemas.features import Moments, PackedFeatures, TeacherOutput, pack, sample_tokens
+from storage_schemas.layout import ShardBuffer, row_arrays, small_objects
 from storage_schemas.manifest import TeacherSpec
-from storage_schemas.parts import ShardBuffer, row_arrays, write_metadata, write_small
-from storage_schemas.store import FeatureStore, digest_object
+from storage_schemas.store import FeatureStore
 
 MOMENT_VECTORS = 2048  # gathered for one product, instead of many small ones
 
@@ -45,20 +39,22 @@ class PartWriter:
         self._buffers: dict[str, ShardBuffer] = {}
         self._valid = np.zeros(rows, dtype=bool)
         self._written = 0
-        self._committed = False
+        self._disposable = True  # no commit names this attempt, nor can one come to
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="put")
         self._puts: list[Future[ObjectDigest]] = []
         self._moments = {
             "summary": _MomentGatherer(spec.summary_dim),
             "spatial": _MomentGatherer(spec.spatial_dim),
         }
-        self._fidelity: list[NDArray[np.float64]] = []
+        self._fidelity = _Fidelity()
 
     def append(self, output: TeacherOutput) -> None:
         """The next rows: summary b d, spatial b h w d. A row not finite in fp16 is stored as invalid."""
         packed = pack(output, self.spec.codec)
         first, self._written = self._written, self._written + len(packed.valid)
         assert self._written <= self.rows, (self.shard, self._written, self.rows)
+        cells = (packed.summary.shape[1:], packed.spatial.shape[1:])
+        assert cells == tuple(self._arrays[name].shape[1:] for name in ("summary", "spatial")), cells
         self._valid[first : self._written] = packed.valid
         self._fill("summary", packed.summary, first)
         self._fill("spatial", packed.spatial, first)
@@ -82,38 +78,33 @@ class PartWriter:
     def _put(self, buffer: ShardBuffer) -> None:
         for pending in self._puts[-2:-1]:
             pending.result()
-        self._puts.append(self._pool.submit(self._put_and_digest, buffer))
+        self._puts.append(self._pool.submit(lambda: self._put_and_digest(buffer.path, buffer.seal())))
 
-    def _put_and_digest(self, buffer: ShardBuffer) -> ObjectDigest:
-        data = buffer.seal()
-        path = f"{self.path}/{buffer.path}"
+    def _put_and_digest(self, name: str, data: Any) -> ObjectDigest:
+        path = f"{self.path}/{name}"
         self.store.objects.put(path, data)
         size, digest = digest_object(self.store.objects, path)
-        if (size, digest) != (len(data), blake3(data.data).hexdigest()):
+        if (size, digest) != (len(data), blake3(data).hexdigest()):
             raise DataDamage(
                 f"shard {self.shard!r}: object {path!r} read back with {size} bytes, blake3 {digest}"
             )
-        return ObjectDigest(path=buffer.path, size=size, blake3=digest)
+        return ObjectDigest(path=name, size=size, blake3=digest)
 
     def _measure(self, output: TeacherOutput, packed: PackedFeatures, first: int) -> None:
         stored = packed.restored()
         for row in np.flatnonzero(packed.valid):
             self._moments["summary"].add(packed.summary[row : row + 1])
             self._moments["spatial"].add(sample_tokens(stored[row : row + 1], first + int(row)))
-        if packed.scale is not None and packed.valid.any():
-            given = output.spatial.float().cpu().numpy()[packed.valid].astype(np.float64)
-            kept = stored[packed.valid].astype(np.float64)
-            norms = np.linalg.norm(given, axis=-1) * np.linalg.norm(kept, axis=-1)
-            self._fidelity.append(((given * kept).sum(-1)[norms > 0] / norms[norms > 0]).ravel())
+        if packed.scale is not None:
+            self._fidelity.add(output.spatial.float().cpu().numpy()[packed.valid], stored[packed.valid])
 
     def commit(self, source: SourceTar, views_sha256: str) -> Commit | None:
         """Finish the part and make it count; None if another attempt already does."""
         assert self._written == self.rows, (self.shard, self._written, self.rows)
         objects = [put.result() for put in self._puts]
-        write_metadata(self.store.objects, self.path, self.spec, self.rows)
-        write_small(
-            self.store.objects, self.path, self._valid, {k: v.moments() for k, v in self._moments.items()}
-        )
+        moments = {name: gatherer.moments() for name, gatherer in self._moments.items()}
+        small = small_objects(self.spec, self._valid, moments)
+        objects += [self._put_and_digest(name, data) for name, data in small.items()]
         commit = Commit(
             teacher=self.spec.name,
             shard=self.shard,
@@ -122,35 +113,40 @@ class PartWriter:
             invalid_rows=tuple(np.flatnonzero(~self._valid).tolist()),
             views_sha256=views_sha256,
             source=source,
-            objects=tuple(sorted(self._digest_rest(objects), key=lambda entry: entry.path)),
+            objects=tuple(sorted(objects, key=lambda entry: entry.path)),
             fingerprint=self.spec.fingerprint,
             versions=versions(),
-            fidelity=self._mean_fidelity(),
+            fidelity=self._fidelity.summary(),
         )
-        self._committed = self.store.write_commit(commit)
-        return commit if self._committed else None
-
-    def _digest_rest(self, known: list[ObjectDigest]) -> list[ObjectDigest]:
-        done = {entry.path for entry in known}
-        rest = []
-        for path, _ in self.store.objects.walk(self.path):
-            name = path.removeprefix(f"{self.path}/")
-            if name not in done:
-                size, digest = digest_object(self.store.objects, path)
-                rest.append(ObjectDigest(path=name, size=size, blake3=digest))
-        return known + rest
-
-    def _mean_fidelity(self) -> dict[str, float]:
-        if not self._fidelity:
-            return {}
-        cosine = np.concatenate(self._fidelity)
-        return {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
+        self._disposable = False  # until there is an answer: a put that fails may have been done
+        won = self.store.write_commit(commit)
+        self._disposable = not won
+        return commit if won else None
 
     def close(self) -> None:
-        """Wait for the writing thread; remove what the attempt has written if it does not count."""
+        """Wait for the writing threads; remove what the attempt has written if it does not count."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if not self._committed:
+        if self._disposable:
             self.store.objects.delete_folder(self.path)
+
+
+class _Fidelity:
+    """Mean and least cosine between tokens as given and as kept; a token of norm zero has none."""
+
+    def __init__(self) -> None:
+        self._sum, self._count, self._least = 0.0, 0, 1.0
+
+    def add(self, given: NDArray[np.floating], kept: NDArray[np.floating]) -> None:
+        given, kept = given.astype(np.float64), kept.astype(np.float64)  # ... d
+        norms = np.linalg.norm(given, axis=-1) * np.linalg.norm(kept, axis=-1)
+        cosine = (given * kept).sum(-1)[norms > 0] / norms[norms > 0]
+        self._sum, self._count = self._sum + float(cosine.sum()), self._count + cosine.size
+        self._least = min(self._least, float(cosine.min(initial=1.0)))
+
+    def summary(self) -> dict[str, float]:
+        if self._count == 0:
+            return {}
+        return {"cosine_mean": self._sum / self._count, "cosine_min": self._least}
 
 
 class _MomentGatherer:

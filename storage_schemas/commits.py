@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationError
+from itertools import pairwise
+from typing import Annotated, Self
+
+from blake3 import blake3
+from pydantic import Field, ValidationError, model_validator
 
 from storage_schemas.errors import DataDamage
-from storage_schemas.manifest import SCHEMA_VERSION, Frozen, canonical_json
+from storage_schemas.manifest import SCHEMA_VERSION, TEACHER_NAME, Frozen, canonical_json
 from storage_schemas.objects import Objects
+
+# What is read from a store is hostile until it is checked: a name that becomes part of a path cannot leave
+# the store.
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
+ObjectPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*(/zarr\.json)?$|^zarr\.json$")]
 
 
 class ObjectDigest(Frozen):
@@ -14,17 +25,17 @@ class ObjectDigest(Frozen):
     writing (BLAKE3 because SHA-256, four times slower, would be what bounds the writing).
     """
 
-    path: str
-    size: int
-    blake3: str
+    path: ObjectPath
+    size: Size
+    blake3: Digest
 
 
 class SourceTar(Frozen):
     """The source shard that was recorded. `url` is where it lay then; size and SHA-256 are its identity."""
 
     url: str
-    size: int
-    sha256: str
+    size: Size
+    sha256: Digest
 
 
 class Commit(Frozen):
@@ -35,18 +46,24 @@ class Commit(Frozen):
     stored ones.
     """
 
-    schema_version: int = SCHEMA_VERSION
-    teacher: str
-    shard: str
-    attempt: str
-    rows: int = Field(ge=0)
+    schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    teacher: str = Field(pattern=TEACHER_NAME)
+    shard: Name
+    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    rows: int = Field(gt=0, lt=2**31)
     invalid_rows: tuple[int, ...]
-    views_sha256: str
+    views_sha256: Digest
     source: SourceTar
     objects: tuple[ObjectDigest, ...]
-    fingerprint: str
+    fingerprint: Digest
     versions: dict[str, str]
     fidelity: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rows_exist(self) -> Self:
+        if not all(low < high for low, high in pairwise((-1, *self.invalid_rows, self.rows))):
+            raise ValueError(f"invalid_rows must rise and lie in 0..{self.rows - 1}")
+        return self
 
     @property
     def valid_rows(self) -> int:
@@ -77,3 +94,12 @@ def read_commit(objects: Objects, path: str) -> Commit:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
         raise DataDamage(f"commit {objects.url}/{path}: {where}: {first['msg']}") from error
+
+
+def digest_object(objects: Objects, path: str) -> tuple[int, str]:
+    """(size, BLAKE3) of an object as it reads back; FileNotFoundError if there is none."""
+    digest, size = blake3(), 0
+    for piece in objects.stream(path):
+        digest.update(piece)
+        size += len(piece)
+    return size, digest.hexdigest()

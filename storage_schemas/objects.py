@@ -1,9 +1,8 @@
 """Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
 
 Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is
-renamed or appended to. A put is atomic, so a killed process leaves an object whole or absent (locally perhaps
-with `<object>#<n>` beside it, which no listing shows). Files are not fsynced: after a power loss the digests
-tell what is missing.
+renamed or appended to. A put is atomic: a killed process leaves an object whole or absent (a local one with
+perhaps `<object>#<n>` beside it, which no listing shows). A power loss may take more: no file is fsynced.
 """
 
 from __future__ import annotations
@@ -28,13 +27,10 @@ from zarr.storage import ObjectStore
 
 from storage_schemas.errors import DataDamage, UserError
 
-REMOTE_SCHEMES = ("s3", "gs")
-
 StorageError = BaseError  # of an object store or a file system; one that is no missing object, and may pass
 PIECE_BYTES = 4 << 20
 
 Bytes = NDArray[np.uint8]
-
 _memory: dict[str, MemoryStore] = {}
 
 
@@ -114,9 +110,9 @@ class Objects:
         if self.root is not None:
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
-    def zarr(self, *, read_only: bool) -> ObjectStore[Any]:
-        """The same objects as Zarr sees them."""
-        return ObjectStore(self._store, read_only=read_only)
+    def zarr(self) -> ObjectStore[Any]:
+        """The same objects as Zarr reads them."""
+        return ObjectStore(self._store, read_only=True)
 
     def free_bytes(self) -> int | None:
         """Free space of the local file system that holds the objects; None where there is no such limit."""
@@ -145,7 +141,7 @@ def open_objects(url: str, *, create: bool = False, field: str = "url") -> Objec
         return Objects(url, LocalStore(root), root)
     if scheme == "memory":
         return Objects(url, _memory.setdefault(url.rstrip("/"), MemoryStore()))
-    if scheme in REMOTE_SCHEMES:
+    if scheme in ("s3", "gs"):
         try:
             return Objects(url, from_url(url))
         except BaseError as error:
@@ -200,9 +196,8 @@ def _expand(pattern: str, field: str, listings: dict[str, list[str]]) -> Iterato
         folder, name = split_url(url)
         if not name.endswith(".tar"):
             raise UserError(f"{field}: {url!r} does not name a .tar file")
-        if folder not in listings:
-            listings[folder] = open_objects(folder, field=field).names()[1]
-        there = listings[folder]
+        there = listings.get(folder) or open_objects(folder, field=field).names()[1]
+        listings[folder] = there
         names = fnmatch.filter(there, name) if set(name) & set("*?[") else [name] if name in there else []
         if not names:
             raise UserError(f"{field}: {url!r} matches no tar")
@@ -212,7 +207,7 @@ def _expand(pattern: str, field: str, listings: dict[str, list[str]]) -> Iterato
 def _expand_braces(pattern: str, field: str) -> Iterator[str]:
     try:
         yield from braceexpand.braceexpand(pattern)
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(f"{field}: {pattern!r} has unbalanced braces") from error
 
 

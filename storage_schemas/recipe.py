@@ -77,13 +77,21 @@ def parse(model: type[Model], value: object, where: str) -> Model:
         first = error.errors()[0]
         field = ".".join([where, *(str(key) for key in first["loc"])])
         if first["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields)
-            raise UserError(
-                f"{field}: unknown key (value {first['input']!r}); {where} has {known}"
-            ) from error
+            known = ", ".join(_fields(model, first["loc"][:-1]))
+            raise UserError(f"{field}: unknown key (value {first['input']!r}); there are: {known}") from error
         if first["type"] == "missing":
             raise UserError(f"{field}: is missing from the recipe") from error
         raise UserError(f"{field}: {first['input']!r}: {first['msg']}") from error
+
+
+def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model at a place within a model; none where that is no plain model."""
+    for key in place:
+        found = model.model_fields[str(key)].annotation if str(key) in model.model_fields else None
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            return []
+        model = found
+    return list(model.model_fields)
 
 
 def _apply(recipe: dict[str, Any], override: str) -> None:
@@ -106,7 +114,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in given]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(

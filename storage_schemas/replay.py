@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from storage_schemas.crops import CropBox
-from storage_schemas.errors import DataDamage
+from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.objects import RangeReader, open_objects, split_url
 from storage_schemas.pixels import ImageError, cut, decode
 
@@ -24,7 +24,11 @@ class CropReplay:
         self.shard = shard
         self._max_pixels = max_pixels
         folder, name = split_url(url)
-        self._tar = RangeReader(open_objects(folder), name)
+        try:
+            self._tar = RangeReader(open_objects(folder, field="data"), name)
+            self._tar.size()
+        except FileNotFoundError as error:
+            raise UserError(f"data: shard {shard!r}: there is no {url!r}") from error
         self._digests = views["digest"].to_pylist()
         self._members = _integers(views, "offset", "nbytes")
         self._boxes = _integers(views, "top", "left", "crop_height", "crop_width", "hflip")

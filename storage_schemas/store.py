@@ -10,16 +10,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
-from blake3 import blake3
 from pydantic import BaseModel, ValidationError
 
-from storage_schemas.commits import Commit, ObjectDigest, read_commit, write_commit
+from storage_schemas.commits import Commit, read_commit, write_commit
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import Moments
 from storage_schemas.manifest import (
@@ -30,7 +28,7 @@ from storage_schemas.manifest import (
     require_same,
 )
 from storage_schemas.objects import Objects, open_objects
-from storage_schemas.parts import Part
+from storage_schemas.parts import Part, find_damage
 from storage_schemas.views import decode_views, encode_views
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,16 +45,16 @@ class FeatureStore:
     @classmethod
     def create(cls, url: str, manifest: StoreManifest) -> FeatureStore:
         """Open the store, making it if there is none; UserError if there is one with another manifest."""
-        objects = open_objects(url, create=True)
+        objects = open_objects(url, create=True, field="store.url")
         objects.put_if_absent("manifest.json", canonical_json(manifest.model_dump(mode="json")))
         store = cls.open(url)
-        require_same(f"store {url!r}", store.manifest, manifest)
+        store.require(manifest)
         return store
 
     @classmethod
     def open(cls, url: str) -> FeatureStore:
         """Open a store that exists; UserError if there is none or if its schema is of another version."""
-        objects = open_objects(url)
+        objects = open_objects(url, field="store.url")
         try:
             data = objects.get("manifest.json")
         except FileNotFoundError as error:
@@ -64,6 +62,18 @@ class FeatureStore:
                 f"store: {url!r} holds no manifest.json; record into it with `rebroadcast extract`"
             ) from error
         return cls(objects, _parse_manifest(data, url))
+
+    @classmethod
+    def exists(cls, url: str) -> bool:
+        """Whether there is a store; makes the folder of a local one."""
+        return open_objects(url, create=True, field="store.url").size("manifest.json") is not None
+
+    def require(self, manifest: StoreManifest, specs: Sequence[TeacherSpec] = ()) -> None:
+        """UserError, naming the fields, if the store or one of these teachers in it is another."""
+        require_same(f"store {self.url!r}", self.manifest, manifest)
+        for spec in specs:
+            if self.objects.size(self._spec_path(spec.name)) is not None:
+                self._require_spec(spec)
 
     @property
     def url(self) -> str:
@@ -83,23 +93,27 @@ class FeatureStore:
         """What is known of a teacher; UserError naming those there are if it is not one of them."""
         if teacher not in self._specs:
             try:
-                data = self.objects.get(f"teachers/{teacher}/spec.json")
+                data = self.objects.get(self._spec_path(teacher))
             except FileNotFoundError as error:
                 there = ", ".join(self.teachers()) or "none"
                 raise UserError(
                     f"teacher: {teacher!r} is not in store {self.url!r}; there: {there}"
                 ) from error
-            self._specs[teacher] = _parse(TeacherSpec, data, f"{self.url}/teachers/{teacher}/spec.json")
+            spec = _parse(TeacherSpec, data, f"{self.url}/{self._spec_path(teacher)}")
+            if spec.name != teacher:
+                raise DataDamage(f"{self.url}/{self._spec_path(teacher)}: is of teacher {spec.name!r}")
+            self._specs[teacher] = spec
         return self._specs[teacher]
 
     def add_teacher(self, spec: TeacherSpec) -> None:
         """Register a teacher; UserError, naming the fields, if its name stands for another fingerprint."""
         data = canonical_json(spec.model_dump(mode="json"))
-        self.objects.put_if_absent(f"teachers/{spec.name}/spec.json", data)
-        stored = self.spec(spec.name)
-        require_same(
-            f"teacher {spec.name!r} in store {self.url!r}", stored, spec, ignore=frozenset({"weights"})
-        )
+        self.objects.put_if_absent(self._spec_path(spec.name), data)
+        self._require_spec(spec)
+
+    def _require_spec(self, spec: TeacherSpec) -> None:
+        what = f"teacher {spec.name!r} in store {self.url!r}"
+        require_same(what, self.spec(spec.name), spec, ignore=frozenset({"weights"}))
 
     def has_commit(self, teacher: str, shard: str) -> bool:
         """Whether a shard is committed for a teacher; one request, and no listing."""
@@ -166,7 +180,8 @@ class FeatureStore:
         stored, digest = self._read_views(shard)
         if not stored.equals(table):
             raise UserError(
-                f"shard: {shard!r} {_first_difference(stored, table)}; it was recorded from another tar"
+                f"shard: {shard!r} {_first_difference(stored, table)}; the store knows it from another tar: "
+                f"restore that, or give this one another name"
             )
         return digest
 
@@ -186,34 +201,9 @@ class FeatureStore:
         try:
             commit = self.commit(teacher, shard)
             self.committed_views(commit)
-            problems = [line for entry in commit.objects for line in self._verify_object(commit, entry)]
-            return problems or self._verify_rows(commit)
+            return find_damage(self.part(teacher, shard))
         except (DataDamage, UserError) as error:
             return [str(error)]
-
-    def _verify_object(self, commit: Commit, entry: ObjectDigest) -> Iterator[str]:
-        path = f"{self.part_path(commit.teacher, commit.shard, commit.attempt)}/{entry.path}"
-        where = f"shard {commit.shard!r}, teacher {commit.teacher!r}: object {path!r}"
-        try:
-            found = digest_object(self.objects, path)
-        except FileNotFoundError:
-            yield f"{where} is missing"
-            return
-        if found != (entry.size, entry.blake3):
-            yield f"{where} has {found[0]} bytes, blake3 {found[1]}; committed {entry.size}, {entry.blake3}"
-
-    def _verify_rows(self, commit: Commit) -> list[str]:
-        path = self.part_path(commit.teacher, commit.shard, commit.attempt)
-        part = Part(self.objects, path, self.spec(commit.teacher), commit)
-        invalid = np.flatnonzero(~np.asarray(part.valid[...], dtype=bool))
-        shapes = (part.valid.shape[0], part.summary.shape[0], part.spatial.shape[0])
-        if set(shapes) != {commit.rows} or tuple(invalid.tolist()) != commit.invalid_rows:
-            where = f"shard {commit.shard!r}, teacher {commit.teacher!r}:"
-            return [
-                f"{where} arrays of {shapes} rows, {len(invalid)} invalid; "
-                f"committed {commit.rows}, {len(commit.invalid_rows)}"
-            ]
-        return []
 
     def garbage(self, older_than: float = 0) -> list[str]:
         """Folders of attempts that no commit names, none of whose objects is younger than `older_than`
@@ -226,6 +216,9 @@ class FeatureStore:
             found += [f"teachers/{teacher}/parts/{name}" for name in attempts if name not in kept]
         return [path for path in found if time.time() - self.objects.modified(path) >= older_than]
 
+    def _spec_path(self, teacher: str) -> str:
+        return f"teachers/{teacher}/spec.json"
+
     def _known(self, teacher: str) -> str:
         return self.spec(teacher).name
 
@@ -233,23 +226,18 @@ class FeatureStore:
         return f"teachers/{teacher}/commits/{shard}.json"
 
 
-def digest_object(objects: Objects, path: str) -> tuple[int, str]:
-    """(size, BLAKE3) of an object as it reads back; FileNotFoundError if there is none."""
-    digest, size = blake3(), 0
-    for piece in objects.stream(path):
-        digest.update(piece)
-        size += len(piece)
-    return size, digest.hexdigest()
+class _Versioned(BaseModel):
+    schema_version: int
 
 
 def _parse_manifest(data: bytes, url: str) -> StoreManifest:
-    manifest = _parse(StoreManifest, data, f"{url}/manifest.json")
-    if manifest.schema_version != SCHEMA_VERSION:
+    version = _parse(_Versioned, data, f"{url}/manifest.json").schema_version
+    if version != SCHEMA_VERSION:  # then its fields may be others, too
         raise UserError(
-            f"store: {url!r} has schema version {manifest.schema_version}, this program reads "
-            f"{SCHEMA_VERSION}; use the release that wrote it, or record anew"
+            f"store: {url!r} has schema version {version}, this program reads {SCHEMA_VERSION}; "
+            f"use the release that wrote it, or record anew"
         )
-    return manifest
+    return _parse(StoreManifest, data, f"{url}/manifest.json")
 
 
 def _parse(model: type[Model], data: bytes, where: str) -> Model:

@@ -38,7 +38,7 @@ VIEW_SCHEMA = pa.schema(
         pa.field("crop_height", pa.int32()),
         pa.field("crop_width", pa.int32()),
         pa.field("hflip", pa.bool_()),
-        pa.field("status", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("label", pa.int64()),
         pa.field("caption", pa.string()),

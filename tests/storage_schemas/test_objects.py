@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage_schemas.errors import DataDamage, UserError
+from storage_schemas.objects import (
+    Objects,
+    RangeReader,
+    expand_shards,
+    local_file,
+    open_objects,
+    shard_name,
+    split_url,
+)
+
+_numbers = count()
+
+
+@pytest.fixture(params=["path", "file", "relative", "memory"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Objects:
+    monkeypatch.chdir(tmp_path)
+    urls = {
+        "path": f"{tmp_path}/with a space #1 100%",
+        "file": f"file://{tmp_path}/with%20a%20space",
+        "relative": "some/where",
+        "memory": f"memory://objects-{next(_numbers)}",
+    }
+    return open_objects(urls[request.param], create=True)
+
+
+def test_what_is_put_is_there(objects: Objects) -> None:
+    objects.put("a/b/c.bin", np.arange(5, dtype=np.uint8))
+    objects.put("a/d.bin", b"xyz")
+    objects.put("e.bin", b"")
+    assert objects.get("a/b/c.bin") == bytes(range(5))
+    assert b"".join(objects.stream("a/b/c.bin")) == bytes(range(5))
+    assert (objects.size("a/d.bin"), objects.size("e.bin"), objects.size("nothing")) == (3, 0, None)
+    assert objects.walk() == [("a/b/c.bin", 5), ("a/d.bin", 3), ("e.bin", 0)]
+    assert objects.walk("a/b") == [("a/b/c.bin", 5)]
+    assert objects.names("a") == (["b"], ["d.bin"])
+    assert objects.names("nothing") == ([], [])
+    assert [bytes(piece) for piece in objects.get_ranges("a/b/c.bin", [0, 3], 2)] == [b"\0\1", b"\3\4"]
+    objects.delete_folder("a/b")
+    assert objects.walk("a") == [("a/d.bin", 3)]
+    objects.delete_folder("nothing")
+    with pytest.raises(FileNotFoundError):
+        objects.get("a/b/c.bin")
+
+
+def test_put_if_absent_keeps_the_first(objects: Objects) -> None:
+    assert objects.put_if_absent("a/x", b"one")
+    assert not objects.put_if_absent("a/x", b"two")
+    assert objects.get("a/x") == b"one"
+
+
+def test_of_many_writers_at_once_one_wins(objects: Objects) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: objects.put_if_absent("x", bytes([i])), range(32)))
+    assert sum(won) == 1
+    assert objects.get("x") == bytes([won.index(True)])
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://host/x", "scheme 'http'"),
+        ("s4://bucket", "scheme 's4'"),
+        ("file://relative/x", "absolute path"),
+        ("file:x", "absolute path"),
+        ("/no/such/folder", "is no folder"),
+        ("/dev/null", "is no folder"),
+    ],
+)
+def test_urls_that_cannot_be_are_refused_by_name(url: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        open_objects(url, field="store.url")
+    assert f"store.url: {url!r}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_place_for_a_store(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot be a folder"):
+            open_objects(str(tmp_path / path), create=True)
+
+
+def test_splitting_and_joining_urls() -> None:
+    assert split_url("s3://bucket/a/b.tar") == ("s3://bucket/a", "b.tar")
+    assert split_url("b.tar") == (".", "b.tar")
+    assert split_url("/b.tar") == ("/", "b.tar")
+    assert split_url("file:///b.tar") == ("file:///", "b.tar")
+    assert open_objects("file:///").root == Path("/")
+    assert shard_name("s3://bucket/a/b.c.tar") == "b.c"
+
+
+def test_shards_are_found_by_globs_and_braces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+    for name in ("a-0.tar", "a-1.tar", "b-0.tar", "notes.txt", "a-1.tar.part"):
+        (folder / name).touch()
+    everything = expand_shards([f"{folder}/*.tar"])
+    assert list(everything) == ["a-0", "a-1", "b-0"]
+    assert expand_shards([f"{folder}/a-{{0..1}}.tar"]).keys() == {"a-0", "a-1"}
+    assert expand_shards([f"{folder}/{{a,b}}-0.tar"]).keys() == {"a-0", "b-0"}
+    assert expand_shards(["my shards/?-0.tar"]) == {n: f"my shards/{n}.tar" for n in ("a-0", "b-0")}
+    assert expand_shards([f"{folder}/*.tar", f"{folder}/a-0.tar"]) == everything
+    assert list(expand_shards([f"file://{tmp_path}/my%20shards/*.tar"])) == list(everything)
+
+
+def test_shards_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("x/a.tar", "y/a.tar", "y/b c.tar", "y/.tar", "y/c.zip"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for pattern, reason in {
+        "x/*.zip": "does not name a .tar file",
+        "x/b.tar": "matches no tar",
+        "x/b*.tar": "matches no tar",
+        "z/*.tar": "is no folder",
+        "x/{a.tar": "unbalanced braces",
+        "y/b c.tar": "letters, digits",
+        "y/.tar": "letters, digits",
+        "{x,y}/a.tar": "have the same name 'a'",
+    }.items():
+        with pytest.raises(UserError, match=reason) as caught:
+            expand_shards([f"{tmp_path}/{pattern}"], "data.train")
+        assert str(caught.value).startswith("data.train: ")
+
+
+def test_a_remote_tar_has_a_local_copy_while_it_is_read() -> None:
+    url = f"memory://tars-{next(_numbers)}"
+    open_objects(url).put("a.tar", b"content")
+    assert expand_shards([f"{url}/*.tar"]) == {"a": f"{url}/a.tar"}
+    with local_file(f"{url}/a.tar") as path:
+        assert path.read_bytes() == b"content"
+    assert not path.exists()
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def test_readers_close_what_they_open(objects: Objects) -> None:
+    objects.put("x", bytes(range(100)))
+    before = open_descriptors()
+    for _ in range(3):
+        with RangeReader(objects, "x") as reader:
+            assert reader.read(10, 5) == bytes(range(10, 15))
+            assert reader.size() == 100
+        RangeReader(objects, "x").read(0, 1)
+    with pytest.raises(FileNotFoundError):
+        RangeReader(objects, "nothing").size()
+    assert open_descriptors() == before
+
+
+def test_reading_past_the_end_is_damage(objects: Objects) -> None:
+    objects.put("x", bytes(10))
+    with RangeReader(objects, "x") as reader, pytest.raises(DataDamage, match=r"x: 3 of 4 bytes at 7"):
+        reader.read(7, 4)
