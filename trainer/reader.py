@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import count
 
@@ -30,6 +30,7 @@ from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
 from trainer.order import ViewOrder, rank_slice
 
+COMMIT_READERS = 16  # threads: on an object store each commit is a request, and there is one a shard
 OPEN_SHARDS = 64  # view tables and files kept open; a window of the block shuffle touches fewer
 
 Indices = NDArray[np.int64]
@@ -81,10 +82,10 @@ class TargetReader:
         self.specs = {name: store.spec(name) for name in teachers}
         _require_same_pixels({name: spec.pixels for name, spec in self.specs.items()})
         self._sources = dict(sources)
-        self._commits = {
-            shard: _read_commits(store, shard, url, self.teachers) for shard, url in sources.items()
-        }
-        self._rows = [_rows_with_features(self._commits[shard]) for shard in self.shards]
+        with ThreadPoolExecutor(COMMIT_READERS, thread_name_prefix="commits") as pool:
+            read = partial(_read_commits, store, self.teachers)
+            self._commits = dict(zip(sources, pool.map(read, sources, sources.values()), strict=True))
+        self._rows = [_Rows(self._commits[shard]) for shard in self.shards]
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
@@ -127,9 +128,9 @@ class TargetReader:
     def _picks_in_order(self, batch_size: int, view: int | None) -> Iterator[Indices]:
         views_per_image = self.store.manifest.views_per_image
         for shard, rows in enumerate(self._rows):
-            chosen = (
-                np.flatnonzero(rows % views_per_image == view) if view is not None else np.arange(len(rows))
-            )
+            chosen = np.arange(len(rows))
+            if view is not None:
+                chosen = chosen[rows.at(chosen) % views_per_image == view]
             for start in range(0, len(chosen), batch_size):
                 indices = chosen[start : start + batch_size]
                 yield np.stack([np.full(len(indices), shard), indices], axis=1)
@@ -140,7 +141,7 @@ class TargetReader:
 
     def load(self, picks: Indices) -> Batch:
         """The batch of b 2 indices: shard, and place among its rows with features."""
-        views = np.stack([picks[:, 0], [self._rows[shard][place] for shard, place in picks]], axis=1)
+        views = np.array([(shard, self._rows[shard].at(place)) for shard, place in picks], dtype=np.int64)
         images = torch.empty(len(views), 3, *self.resolution, dtype=torch.uint8)
         for place, (shard, row) in enumerate(views):
             images[place] = self._open(int(shard)).replay.crop(int(row), self.resolution)
@@ -193,8 +194,29 @@ class _OpenShard:
         return row not in self._invalid[teacher]
 
 
-def _read_commits(store: FeatureStore, shard: str, url: str, teachers: Sequence[str]) -> dict[str, Commit]:
-    commits = {teacher: store.commit(teacher, shard) for teacher in teachers}
+class _Rows:
+    """The rows of a shard that some teacher has features for: what is kept is only those that none has."""
+
+    def __init__(self, commits: Mapping[str, Commit]) -> None:
+        rows = next(iter(commits.values())).rows
+        without = set.intersection(*(set(commit.invalid_rows) for commit in commits.values()))
+        missing = np.array(sorted(without), dtype=np.int64)
+        self._count = rows - len(missing)
+        self._present_before = missing - np.arange(len(missing))  # each missing row
+
+    def __len__(self) -> int:
+        return self._count
+
+    def at(self, place: Indices) -> Indices:
+        """The rows at these places among them."""
+        return place + np.searchsorted(self._present_before, place, side="right")
+
+
+def _read_commits(store: FeatureStore, teachers: Sequence[str], shard: str, url: str) -> dict[str, Commit]:
+    """The commits of a shard, without their lists of objects: a reader holds those of every shard."""
+    commits = {
+        teacher: store.commit(teacher, shard).model_copy(update={"objects": ()}) for teacher in teachers
+    }
     folder, name = split_url(url)
     size = open_objects(folder).size(name)
     for teacher, commit in commits.items():
@@ -209,12 +231,6 @@ def _read_commits(store: FeatureStore, shard: str, url: str, teachers: Sequence[
             f"shard {shard!r}: its teachers {', '.join(teachers)} were recorded from different tars"
         )
     return commits
-
-
-def _rows_with_features(commits: Mapping[str, Commit]) -> Indices:
-    rows = next(iter(commits.values())).rows
-    without = set.intersection(*(set(commit.invalid_rows) for commit in commits.values()))
-    return np.setdiff1d(np.arange(rows), sorted(without))
 
 
 def _require_same_pixels(pixels: Mapping[str, str]) -> None:
