@@ -62,9 +62,12 @@ class TrainingConfig(Frozen):
     output: folder of checkpoints and metrics. teachers: names in the store, all of them if not given.
     resolution: of the student's images, one number or [height, width]. batch_size: views a step over all
     ranks. learning_rate: warmed up linearly for `warmup` steps, then a cosine to zero at `steps`. clip: of
-    the gradient norm, none if null. block_rows, window_blocks: of the block shuffle. threads: that load
-    batches, each a whole batch; up to `threads + prefetch` batches are in memory. log_every: steps between
-    lines of metrics; each checkpoint has a line too. keep: newest checkpoints to keep.
+    the gradient norm, none if null. start_from: a checkpoint's folder, whose student, and whose heads for the
+    teachers it has, this run starts from; teachers it has not get new heads. adaptor_hidden, adaptor_blocks:
+    hidden width and residual blocks of the heads; see `trainer.adaptors`. block_rows, window_blocks: of the
+    block shuffle. threads: that load batches, each a whole batch; up to `threads + prefetch` batches
+    are in memory. log_every: steps between lines of metrics; each checkpoint has a line too. keep: newest
+    checkpoints to keep.
     """
 
     output: str
@@ -78,7 +81,9 @@ class TrainingConfig(Frozen):
     clip: float | None = Field(1.0, gt=0)
     seed: int = Field(0, ge=0, lt=2**63)
     loss: LossConfig = LossConfig()
+    start_from: str | None = None
     adaptor_hidden: Positive | None = None
+    adaptor_blocks: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     device: str = "auto"

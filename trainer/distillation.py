@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import TeacherSpec
 from trainer.adaptors import Adaptor, align
@@ -23,7 +24,11 @@ class Distillation(nn.Module):
     """A student and an adaptor for each teacher."""
 
     def __init__(
-        self, student: Student, specs: Mapping[str, TeacherSpec], adaptor_hidden: int | None = None
+        self,
+        student: Student,
+        specs: Mapping[str, TeacherSpec],
+        adaptor_hidden: int | None = None,
+        adaptor_blocks: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -35,6 +40,7 @@ class Distillation(nn.Module):
                     spec.summary_dim,
                     spec.spatial_dim,
                     adaptor_hidden,
+                    adaptor_blocks,
                 )
                 for name, spec in specs.items()
             }
@@ -56,8 +62,9 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
     """The recipe's student and its adaptors, with weights from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        student = create_student(config.student.name, **config.student.settings)
-        model = Distillation(student, specs, config.training.adaptor_hidden)
+        settings, training = config.student.settings, config.training
+        student = create_student(config.student.name, resolution=training.resolution, **settings)
+        model = Distillation(student, specs, training.adaptor_hidden, training.adaptor_blocks)
     student.grid(*config.training.resolution)  # UserError where they do not fit
     return model
 
@@ -74,6 +81,29 @@ def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
     model.student.load_state_dict(checkpoint.student)
     model.adaptors.load_state_dict(checkpoint.adaptors)
     return model.eval(), recipe
+
+
+def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
+    """Give `model` the student of a checkpoint, and its heads for the teachers that both have.
+
+    UserError where the checkpoint is of another student, or its heads are of other shapes.
+    """
+    checkpoint = load_checkpoint(path)
+    theirs = TrainConfig.from_recipe(checkpoint.meta["recipe"]).student
+    if theirs != config.student:
+        ours = config.student
+        raise UserError(
+            f"training.start_from: {str(path)!r} is of the student {theirs.name!r} with {theirs.settings}; "
+            f"the recipe has {ours.name!r} with {ours.settings}"
+        )
+    known = {name: head for name, head in model.adaptors.items() if name in checkpoint.meta["teachers"]}
+    heads = nn.ModuleDict(known)
+    weights = {key: value for key, value in checkpoint.adaptors.items() if key.split(".")[0] in known}
+    try:
+        model.student.load_state_dict(checkpoint.student)
+        heads.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"training.start_from: {str(path)!r} does not fit the recipe ({error})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from storage_schemas.errors import UserError
 from storage_schemas.store import FeatureStore
+from trainer.adaptors import Adaptor
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import TrainConfig, TrainingConfig
-from trainer.distillation import Losses, distillation_losses, untrained
+from trainer.distillation import Distillation, Losses, distillation_losses, start_from, untrained
 from trainer.distributed import World, all_sum, launch, wrap
 from trainer.metrics import Meter, MetricsLog, StepMetrics
 from trainer.reader import Batch, TargetReader
 from trainer.run import Run
 
+MOMENT_SHARDS = 8  # enough for the scale of the targets; a covariance a shard is read
 UNDECAYED = ("token", "position", "pos_embed")  # in the last part of a parameter's name
 
 
@@ -45,7 +47,7 @@ def train(
     settings = config.training
     with launch(settings.device) as world:
         reader = make_reader(config)
-        model = untrained(config, reader.specs).to(world.device)
+        model = first_model(config, reader).to(world.device)
         optimizer = make_optimizer(model, settings)
         run = Run(recipe, config, reader.digest(), world)
         first = run.restore(model, optimizer, resume)
@@ -112,6 +114,17 @@ def make_reader(config: TrainConfig, held_out: bool = False) -> TargetReader:
         raise UserError(f"store.url: {config.store.url!r} holds no teachers; run `rebroadcast extract` first")
     settings.loss.require_known(teachers)
     return TargetReader(store, sources, teachers, settings.resolution, settings.threads, settings.prefetch)
+
+
+def first_model(config: TrainConfig, reader: TargetReader) -> Distillation:
+    """The model before the first step: heads of the targets' scale, and what `start_from` names."""
+    model = untrained(config, reader.specs)
+    for name, adaptor in model.adaptors.items():
+        assert isinstance(adaptor, Adaptor)
+        adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
+    if config.training.start_from is not None:
+        start_from(model, Path(config.training.start_from), config)
+    return model
 
 
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.AdamW:

@@ -34,6 +34,21 @@ STUDENTS: dict[str, Callable[..., Backbone]] = {
 
 TIMM = "timm/"
 
+# "Existing efficient models" of AM-RADIO's Table 6, by timm's names, with the table's parameters in millions
+# and images a second.
+TABLE_6 = {
+    "timm/efficientnetv2_s": (21, 9017),
+    "timm/resnetv2_101": (44, 7283),
+    "timm/regnety_064": (30, 6573),
+    "timm/efficientvit_l1": (38, 6048),
+    "timm/convnext_base": (88, 1805),
+    "timm/nfnet_f3": (254, 1777),
+    "timm/swinv2_small_window8_256": (49, 1497),
+    "timm/maxvit_base_tf_224": (119, 1486),
+    "timm/poolformerv2_m36": (56, 1194),
+    "timm/mvitv2_base": (51, 975),
+}
+
 
 def list_students() -> list[str]:
     """Every name that `create_student` takes."""
@@ -43,21 +58,25 @@ def list_students() -> list[str]:
 def create_student(
     name: str,
     *,
+    resolution: tuple[int, int] | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
     **settings: object,
 ) -> Student:
     """The student `name` with random weights, unless a setting such as timm's `pretrained` says otherwise.
 
+    resolution: height and width that will be seen; models of timm that have one size are made for it.
     `settings` are the builder's own. UserError for a name or a setting that does not exist.
     """
-    return Student(_builder(name, settings)(**settings), pixel_mean, pixel_std)
+    return Student(_builder(name, resolution, settings)(**settings), pixel_mean, pixel_std)
 
 
-def _builder(name: str, settings: dict[str, object]) -> Callable[..., Backbone]:
+def _builder(
+    name: str, resolution: tuple[int, int] | None, settings: dict[str, object]
+) -> Callable[..., Backbone]:
     model = name.removeprefix(TIMM)
     if name.startswith(TIMM) and timm.is_model(model):
-        return partial(TimmBackbone, model)
+        return partial(TimmBackbone, model, resolution)
     if name not in STUDENTS:
         close = get_close_matches(name, list_students(), n=3)
         hint = (

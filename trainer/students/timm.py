@@ -20,12 +20,15 @@ from trainer.students.base import StudentOutput
 
 
 class TimmBackbone(nn.Module):
-    """timm's `model` without its classifier; `settings` (img_size, pretrained...) are `create_model`'s."""
+    """timm's `model` without its classifier; `settings` (img_size, pretrained...) are `create_model`'s.
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    resolution: height and width that a family of fixed size is made for, if no img_size says otherwise.
+    """
+
+    def __init__(self, model: str, resolution: tuple[int, int] | None = None, **settings: Any) -> None:
         super().__init__()
         self.name = model
-        self.model = _create(model, settings)
+        self.model = _create_at(model, resolution, settings)
         self.patch_size: int = self.model.feature_info[-1]["reduction"]
         self.summary_dim: int = self.model.head_hidden_size
         self.spatial_dim: int = self.model.num_features
@@ -40,7 +43,7 @@ class TimmBackbone(nn.Module):
         self.eval()
         try:
             spatial = self(parameter.new_zeros(1, 3, height, width)).spatial
-        except (AssertionError, RuntimeError) as error:  # how timm's models refuse a size
+        except (AssertionError, IndexError, RuntimeError) as error:  # how timm's models refuse a size
             raise UserError(
                 f"student 'timm/{self.name}' does not take {height} x {width} images ({error}). Give the "
                 f"resolution it was made for, or the setting img_size if the model has it"
@@ -70,6 +73,23 @@ class TimmBackbone(nn.Module):
                 f"fewer than its {h} x {w} patches: choose another model"
             )
         return features[:, prefix:].reshape(len(features), h, w, -1)  # b h w d
+
+
+def _create_at(model: str, resolution: tuple[int, int] | None, settings: dict[str, Any]) -> Any:
+    """timm's model, made for `resolution` where timm says that its size is fixed and can be chosen."""
+    config = timm.get_pretrained_cfg(model)
+    if resolution is None or config is None or not config.fixed_input_size or "img_size" in settings:
+        return _create(model, settings)
+    try:
+        return _create(model, {**settings, "img_size": resolution})
+    except UserError:
+        return _create(model, settings)  # timm has no means for this one: `grid` says whether it fits
+    except AssertionError as error:
+        height, width = resolution
+        raise UserError(
+            f"student 'timm/{model}' cannot be made for {height} x {width} images ({error}); it was made for "
+            f"{' x '.join(map(str, config.input_size[1:]))}"
+        ) from error
 
 
 def _create(model: str, settings: dict[str, Any]) -> Any:

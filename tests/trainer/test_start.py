@@ -1,0 +1,43 @@
+"""What a run starts from: heads of the targets' scale, and a student that another run trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from storage_schemas.errors import UserError
+from trainer.checkpoint import load_checkpoint
+from trainer.config import TrainConfig
+from trainer.distillation import start_from
+from trainer.train import first_model, make_reader, train
+
+
+def test_a_trained_student_gets_heads_for_more_teachers_and_keeps_those_it_has(
+    recorded: Any, tmp_path: Path
+) -> None:
+    first = train(recorded.recipe(tmp_path / "one", teachers=["cnn"], steps=2))
+    recipe = recorded.recipe(tmp_path / "two", start_from=str(first))
+    config = TrainConfig.from_recipe(recipe)
+    before, now = load_checkpoint(first), first_model(config, make_reader(config))
+    assert list(now.adaptors) == ["cnn", "vit"]
+    heads = {name: value for name, value in now.adaptors.state_dict().items() if name.startswith("cnn.")}
+    for mine, theirs in ((now.student.state_dict(), before.student), (heads, before.adaptors)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    other = TrainConfig.from_recipe({**recipe, "student": {"name": "eradio_xt"}})
+    with pytest.raises(UserError, match=r"student 'radio_vit_ti16' .*; the recipe has 'eradio_xt'"):
+        start_from(now, first, other)
+
+
+def test_first_outputs_are_of_the_targets_scale(recorded: Any, tmp_path: Path) -> None:
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "out"))
+    reader = make_reader(config)
+    predicted = first_model(config, reader)(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8))
+    for name, output in predicted.items():
+        for kind, known in reader.store.moments(name, reader.shards).items():
+            power = getattr(output, kind).square().sum(-1).mean().item()
+            expected = float((known.mean**2).sum() + known.covariance.trace())
+            assert 0.3 * expected < power < 3 * expected
