@@ -176,6 +176,64 @@ def plan(
 
 
 @command(app)
+def teachers(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Its teachers only.")] = None,
+    overrides: Overrides = [],
+    as_json: AsJson = False,
+) -> None:
+    """What teachers store, and whether their weights are at hand: a recipe's, or those known by name."""
+    from pipeline.config import ExtractConfig
+    from pipeline.teachers.catalogue import KNOWN, Entry, list_teachers
+
+    entries = dict(KNOWN)
+    if recipe:
+        config = ExtractConfig.from_recipe(read_recipe(recipe, overrides))
+        entries = {
+            name: Entry(entry.family, entry.model, entry.weights, entry.settings)
+            for name, entry in config.teachers.items()
+        }
+    listed = list_teachers(entries)
+    if as_json:
+        rows = [{**asdict(found), "spec": found.spec and found.spec.model_dump()} for found in listed]
+        out.print_json(json.dumps(rows))
+        return
+    columns = ("name", "family", "model", "weights", "at hand", "pixels", "grid", "summary", "bytes a view")
+    table = Table(*columns)
+    for found in listed:
+        row = [found.name, found.entry.family, found.entry.model, found.entry.weights]
+        row.append("yes" if found.at_hand else "no")
+        if found.spec:
+            spec = found.spec
+            row += [f"{spec.height}×{spec.width}", f"{spec.grid.height}×{spec.grid.width}×{spec.spatial_dim}"]
+            row += [f"{spec.summary} {spec.summary_dim}", f"{spec.row_bytes:,}"]
+        table.add_row(*row)
+    out.print(table)
+    _print_facts({found.name: found.problem for found in listed if found.problem})
+
+
+@command(app)
+def text(
+    recipe: RecipePath,
+    teacher: Annotated[str, typer.Option(help="Of open_clip, with summary `projected`.")],
+    classes: Annotated[str, typer.Option(metavar="FILE", help="A class name a line; or `imagenet`.")],
+    templates: Annotated[
+        str, typer.Option(metavar="FILE", help="A prompt a line, `{}` for the class; or `imagenet`.")
+    ] = "imagenet",
+    name: Annotated[str | None, typer.Option(help="Of the list in the store; default: the file's.")] = None,
+    overrides: Overrides = [],
+) -> None:
+    """Record embeddings of class names beside a recorded CLIP teacher, for zero-shot classification."""
+    from pipeline.config import ExtractConfig
+    from pipeline.text import record_text
+
+    config = ExtractConfig.from_recipe(read_recipe(recipe, overrides))
+    found = record_text(config, teacher, classes, templates, name)
+    count, width = found.vectors.shape
+    used = len(found.provenance.templates)
+    out.print(f"{teacher}: {count:,} classes × {width}, by {used} templates", highlight=False)
+
+
+@command(app)
 def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,

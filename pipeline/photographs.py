@@ -57,13 +57,13 @@ def write_photograph_shards(folder: Path) -> list[Path]:
     shards: dict[str, list[tuple[str, bytes]]] = {
         "train-00000.tar": [],
         "held-out-tiles-00000.tar": [],
-        "held-out-photographs-00000.tar": [],
+        "held-out-whole-00000.tar": [],
     }
-    train, tiles, photographs = shards.values()
+    train, tiles, whole = shards.values()
     for package, path in sorted(_find_photographs(), key=lambda found: found[1].stem):
         for number, members in enumerate(_cut_tiles(package, path)):
             if path.stem in HELD_OUT:
-                photographs += members
+                whole += members
             elif number % EVERY == EVERY // 2:
                 tiles += members
             else:

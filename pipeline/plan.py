@@ -17,7 +17,7 @@ from pipeline.config import ExtractConfig
 from pipeline.executors import load_teachers
 from pipeline.recorder import cut_views, split_views
 from pipeline.shards import index_tar
-from pipeline.teachers import Teacher
+from pipeline.teachers import Teacher, outline_teacher
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.layout import chunk_paths, metadata_paths, part_bytes
 from storage_schemas.manifest import StoreManifest, TeacherSpec
@@ -71,16 +71,22 @@ class Plan:
 
 
 def make_plan(config: ExtractConfig, images_per_second: float | None = None, trial: int = 0) -> Plan:
-    """Of recording the recipe's shards from nothing; measures the rate over `trial` images if asked."""
+    """Of recording the recipe's shards from nothing; measures the rate over `trial` images if asked.
+
+    Only the trial needs the teachers' weights.
+    """
     sources = config.source_shards()
     manifest = config.store.manifest()
-    teachers = load_teachers(config)
     if trial:
         images_per_second = _trial(
-            next(iter(sources.values())), teachers, manifest, config.extract.batch_size, trial
+            next(iter(sources.values())), load_teachers(config), manifest, config.extract.batch_size, trial
         )
     counted = _count_rows(sources, manifest)
-    costs = tuple(_cost(teacher.spec, counted, len(sources), _gflops(teacher)) for teacher in teachers)
+    outlines = [
+        outline_teacher(entry.family, entry.model, name=name, **entry.settings)
+        for name, entry in config.teachers.items()
+    ]
+    costs = tuple(_cost(teacher.spec, counted, len(sources), _gflops(teacher)) for teacher in outlines)
     return _plan(config, counted, len(sources), costs, images_per_second)
 
 

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pipeline.teachers import Teacher, create_teacher
+from pipeline.teachers import Teacher, recreate_teacher
 from storage_schemas.commits import Commit
-from storage_schemas.errors import UserError
-from storage_schemas.manifest import TeacherSpec
 from storage_schemas.replay import CropReplay
 from storage_schemas.store import FeatureStore
 
@@ -26,39 +24,10 @@ def verify_deep(store: FeatureStore, teacher: str, views: int) -> list[str]:
     UserError if the weights or a source tar cannot be found where they were when the store was recorded.
     """
     spec = store.spec(teacher)
-    again = recreate(spec)
+    again = recreate_teacher(spec)
     commits = [store.commit(teacher, shard) for shard in store.shards(teacher)]
     step = max(1, sum(commit.valid_rows for commit in commits) // views)
     return [problem for commit in commits for problem in _compare(store, again, commit, step)]
-
-
-def recreate(spec: TeacherSpec) -> Teacher:
-    """The teacher that a spec describes; UserError, naming the fields, if it is no longer the same."""
-    weights, _, seed = spec.weights.partition(":seed=")
-    settings = {"seed": int(seed)} if weights == "random" else {}
-    again = create_teacher(
-        spec.family,
-        spec.model,
-        weights="hub" if weights.startswith("hub:") else weights,
-        name=spec.name,
-        resolution=(spec.height, spec.width),
-        pixel_mean=spec.pixel_mean,
-        pixel_std=spec.pixel_std,
-        summary=spec.summary,
-        compute_dtype=spec.compute_dtype,
-        codec=spec.codec,
-        **settings,
-    )
-    if again.spec.fingerprint != spec.fingerprint:
-        raise UserError(f"teacher: {spec.name!r} cannot be made again: {_difference(spec, again.spec)}")
-    return again
-
-
-def _difference(old: TeacherSpec, new: TeacherSpec) -> str:
-    before, now = old.model_dump(), new.model_dump()
-    return "; ".join(
-        f"{key}: stored {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key]
-    )
 
 
 def _compare(store: FeatureStore, teacher: Teacher, commit: Commit, step: int) -> Iterator[str]:

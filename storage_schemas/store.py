@@ -5,10 +5,12 @@
 <store>/teachers/<teacher>/spec.json                TeacherSpec
 <store>/teachers/<teacher>/parts/<shard>.<attempt>/ a Zarr v3 group
 <store>/teachers/<teacher>/commits/<shard>.json     names the one attempt that counts
+<store>/teachers/<teacher>/text/<classes>.parquet   class embeddings of its text tower
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from hashlib import sha256
@@ -22,6 +24,7 @@ from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import Moments
 from storage_schemas.manifest import (
     SCHEMA_VERSION,
+    TEACHER_NAME,
     StoreManifest,
     TeacherSpec,
     canonical_json,
@@ -29,6 +32,7 @@ from storage_schemas.manifest import (
 )
 from storage_schemas.objects import Objects, open_objects
 from storage_schemas.parts import Part, find_damage
+from storage_schemas.text import ClassEmbeddings, put_classes, read_classes
 from storage_schemas.views import decode_views, encode_views
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -215,6 +219,30 @@ class FeatureStore:
             kept = {f"{shard}.{self.commit(teacher, shard).attempt}" for shard in self.shards(teacher)}
             found += [f"teachers/{teacher}/parts/{name}" for name in attempts if name not in kept]
         return [path for path in found if time.time() - self.objects.modified(path) >= older_than]
+
+    def texts(self, teacher: str) -> list[str]:
+        """Names of the lists of classes that are embedded beside a teacher, sorted."""
+        names = self.objects.names(f"teachers/{self._known(teacher)}/text")[1]
+        return [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
+
+    def text(self, teacher: str, classes: str) -> ClassEmbeddings:
+        """Class embeddings by the name of their list; UserError naming those there are if it is not one."""
+        try:
+            return read_classes(self.objects, self._text_path(teacher, classes))
+        except FileNotFoundError as error:
+            there = ", ".join(self.texts(teacher)) or "none; record them with `rebroadcast text`"
+            raise UserError(
+                f"classes: {classes!r} is not embedded for {teacher!r}; there: {there}"
+            ) from error
+
+    def put_text(self, teacher: str, classes: str, embeddings: ClassEmbeddings) -> ClassEmbeddings:
+        """Store class embeddings, or check that the stored ones were made so; those that there are now."""
+        if not re.fullmatch(TEACHER_NAME, classes):
+            raise UserError(f"--name: {classes!r} may hold only letters, digits, '_' and '-'")
+        return put_classes(self.objects, self._text_path(self._known(teacher), classes), embeddings)
+
+    def _text_path(self, teacher: str, classes: str) -> str:
+        return f"teachers/{teacher}/text/{classes}.parquet"
 
     def _spec_path(self, teacher: str) -> str:
         return f"teachers/{teacher}/spec.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +30,7 @@ def create_teacher(family: str, model: str, *, weights: str, **settings: Any) ->
     fit.
     """
     if family not in FAMILIES:
-        near = difflib.get_close_matches(family, FAMILIES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"family: {family!r} is unknown; there are {', '.join(FAMILIES)}{hint}")
+        raise UserError(f"family: {family!r} is unknown; there are {', '.join(FAMILIES)}")
     return FAMILIES[family](model, weights, settings)
 
 
@@ -43,7 +40,8 @@ def outline_teacher(family: str, model: str, **settings: Any) -> Teacher:
     Of its spec, what depends on the weights is not to be relied on: their digest, and for some models of
     open_clip the pixel statistics.
     """
-    return create_teacher(family, model, weights=OUTLINE, **{**settings, "seed": None})
+    known = {key: value for key, value in settings.items() if key != "seed"}
+    return create_teacher(family, model, weights=OUTLINE, **known)
 
 
 def recreate_teacher(spec: TeacherSpec) -> Teacher:

@@ -73,7 +73,8 @@ class Design:
 
     build: the model with the weights of a file, or random ones. trim: what of it is needed for features.
     extract: TeacherOutput of the trimmed model and normalised pixels `b 3 height width`. fetch: the file that
-    `hub:TAG` means, from a local cache or by download, and the whole TAG.
+    `hub:TAG` means, from a local cache or by download, and the whole TAG. channels_last: for convolutions.
+    pixel_range: what white is where the model's own code normalises, 1 or 255, so that rounding is the same.
     """
 
     family: str
@@ -89,6 +90,8 @@ class Design:
     extract: Callable[[nn.Module, torch.Tensor], TeacherOutput]
     fetch: Callable[[str], tuple[Path, str]]
     spatial: str | None = None
+    channels_last: bool = True
+    pixel_range: int = 1
 
 
 class FrozenTeacher:
@@ -98,10 +101,14 @@ class FrozenTeacher:
         self.spec = spec
         self._device = device
         # Twice as fast for convolutions on a CPU; a plain ViT does not care.
-        self._network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self._format = torch.channels_last if design.channels_last else torch.contiguous_format
+        self._network = network.eval().requires_grad_(False).to(device).to(memory_format=self._format)
         self._extract = torch.compile(design.extract) if design.given.compile else design.extract
-        self._mean = torch.tensor(spec.pixel_mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(spec.pixel_std, device=device).view(1, 3, 1, 1)
+        self._unit = 255 / design.pixel_range
+        self._mean, self._std = (
+            torch.tensor([design.pixel_range * value for value in values], device=device).view(1, 3, 1, 1)
+            for values in (spec.pixel_mean, spec.pixel_std)
+        )
 
     # Not inference mode: its tensors could not be the targets of a loss.
     @torch.no_grad()
@@ -110,8 +117,8 @@ class FrozenTeacher:
         dtype = getattr(torch, self.spec.compute_dtype)
         if self._device.type == "cuda" and images.device.type == "cpu":
             images = images.pin_memory()
-        pixels = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
-        pixels = (pixels.float() / 255 - self._mean) / self._std  # b 3 height width
+        pixels = images.to(self._device, non_blocking=True, memory_format=self._format)
+        pixels = (pixels.float() / self._unit - self._mean) / self._std  # b 3 height width
         with nullcontext() if dtype == torch.float32 else torch.autocast(self._device.type, dtype):
             output = self._extract(self._network, pixels)
         return TeacherOutput(output.summary.float(), output.spatial.float().contiguous())

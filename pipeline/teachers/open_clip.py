@@ -110,7 +110,7 @@ def _design(model: str, weights: str, settings: dict[str, Any]) -> Design:
         pixel_std=std,
         summary=given.summary,
         build=partial(_build, model, None if size == own else size),
-        trim=partial(_trim, model, given, height, width),
+        trim=partial(_trim, model, given, None if size == own else (height, width)),
         extract=extract_features,
         fetch=partial(_fetch, model, bool(config.get("quick_gelu"))),
     )
@@ -147,7 +147,7 @@ def _build(model: str, image_size: int | tuple[int, int] | None, path: Path | No
                 force_image_size=image_size,
                 device=torch.get_default_device(),
             )
-    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, AssertionError) as error:
         if path is None:
             raise UserError(f"model: {model!r} cannot be made: {first_line(error)}") from error
         with torch.device("meta"):
@@ -156,17 +156,15 @@ def _build(model: str, image_size: int | tuple[int, int] | None, path: Path | No
         raise UserError(f"weights: {path.name!r} is not of {model!r}: {difference}") from error
 
 
-def _trim(model: str, given: ClipSettings, height: int, width: int, network: Any) -> nn.Module:
-    """The vision tower, ended before its projection if `cls` is asked for."""
+def _trim(model: str, given: ClipSettings, size: tuple[int, int] | None, network: Any) -> nn.Module:
+    """The vision tower, ended before its projection if `cls` is asked for. size: if not its own."""
     visual = network.visual
-    if hasattr(visual, "trunk"):
-        require_divisible(model, height, width, patch_size(visual.trunk))
-        keep_blocks(model, visual.trunk, "blocks", given.blocks)
-    elif hasattr(visual, "transformer"):
-        require_divisible(model, height, width, visual.patch_size[0])
+    if size:
+        require_divisible(model, *size, patch_size(getattr(visual, "trunk", visual)))
+    if hasattr(visual, "transformer"):
         keep_blocks(model, visual.transformer, "resblocks", given.blocks)
     else:
-        keep_blocks(model, visual, "blocks", given.blocks)
+        keep_blocks(model, getattr(visual, "trunk", visual), "blocks", given.blocks)
     if given.summary == "cls":
         if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
             raise UserError(f"summary: {model!r} has no class token of its own; take 'projected'")

@@ -86,6 +86,8 @@ def create_sam_teacher(model: str, weights: str, settings: dict[str, Any]) -> Fr
         trim=partial(_trim, model, given, height, width),
         extract=extract_features,
         fetch=partial(_fetch, model),
+        pixel_range=255,
+        channels_last=False,  # its neck would differ from segment_anything's by more than 1e-5
     )
     return assemble(design, weights)
 

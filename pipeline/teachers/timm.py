@@ -49,7 +49,8 @@ def create_timm_teacher(model: str, weights: str, settings: dict[str, Any]) -> F
     build: dict[str, Any] = {"num_classes": 0}
     if (height, width) != config["input_size"][1:] and _takes_image_size(reference):
         build["img_size"] = (height, width)
-    require_divisible(model, height, width, patch_size(reference))
+    if (height, width) != config["input_size"][1:]:  # some are made for a size with a remainder
+        require_divisible(model, height, width, patch_size(reference))
     summary = given.summary or ("cls" if _has_class_token(reference) else "pooled")
     if summary == "cls" and not _has_class_token(reference):
         raise UserError(f"summary: {model!r} has no normed class token; take 'mean' or 'pooled'")
@@ -95,7 +96,7 @@ def extract_features(model: nn.Module, pixels: torch.Tensor, summary: str) -> Te
 
 def patch_size(model: nn.Module) -> int:
     """Pixels along a patch; 1 of a model without."""
-    found = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    found = getattr(getattr(model, "patch_embed", model), "patch_size", 1)
     return int(found[0] if isinstance(found, tuple) else found)
 
 

@@ -232,7 +232,7 @@ def test_packages_are_searched_without_being_run(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"family": "tim"}, "family: 'tim' is unknown; there are timm"),
+        ({"family": "tim"}, "family: 'tim' is unknown; there are open_clip, timm, sam"),
         ({"model": "resnett18"}, "timm has no 'resnett18'; close names: resnet18"),
         ({"seed": None}, "seed: is missing"),
         ({"colour": 1}, "colour: unknown key"),
