@@ -62,7 +62,7 @@ def test_the_demo_ends_with_a_page_that_says_what_was_measured(
     assert first.exit_code == 0, first.output
     [report] = written
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert [part.images for part in report.held_out] == [25, 18]
+    assert [part.images for part in report.held_out] == [18, 25]
     assert report.views == 2 * report.images
     for part in report.held_out:
         assert part.title in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,6 +187,12 @@ def test_a_wrong_recipe_is_one_line_and_exit_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_1(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    output = f"training.output={tmp_path / 'file' / 'run'}"
+    assert_refused(run("train", project.recipe, "--set", output), "Not a directory", code=1)
+
+
 def test_a_finished_run_is_not_started_over(project: Project) -> None:
     assert_refused(run("train", project.recipe), "holds step-00000004; give --resume, or another output")
 
@@ -225,8 +232,6 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_damage_is_exit_1(project: Project, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(project.checkpoint, tmp_path / "step-00000004")
     weights = tmp_path / "step-00000004/student.safetensors"
     data = bytearray(weights.read_bytes())

@@ -36,7 +36,7 @@ def test_every_tile_decodes_and_is_in_one_shard(tmp_path: Path) -> None:
         with Image.open(path) as image:
             whole[path.stem] = image.width * image.height
     assert pixels == whole
-    assert photographs["held-out-photographs-00000"] == set(HELD_OUT)
+    assert photographs["held-out-whole-00000"] == set(HELD_OUT)
     assert photographs["train-00000"] == photographs["held-out-tiles-00000"] == set(whole) - set(HELD_OUT)
 
 

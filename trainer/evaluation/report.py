@@ -152,13 +152,10 @@ def _head(report: DemoReport) -> str:
 
 
 def _verdict(part: HeldOut) -> str:
-    changes = [
-        f"{_change(d.mean_predictor, d.after)} from a constant answer for {escape(d.teacher)}"
-        for d in part.distances
-    ]
+    changes = [f"{_change(d.mean_predictor, d.after)} for {escape(d.teacher)}" for d in part.distances]
     beaten = sum(d.after < d.mean_predictor for d in part.distances)
     return words.VERDICT.format(
-        title=escape(part.title), changes=", ".join(changes), beaten=beaten, of=len(part.distances)
+        title=escape(part.title), changes=" and ".join(changes), beaten=beaten, of=len(part.distances)
     )
 
 
@@ -320,7 +317,9 @@ def _costs(report: DemoReport) -> str:
 
 def _change(old: float, new: float) -> str:
     """`−48 %`, with a real minus sign."""
-    return f"{100 * (new - old) / old:+.0f} %".replace("-", "−") if old else "from zero"
+    return (
+        f"{100 * (new - old) / old:+.0f} %".replace("-", "−").replace(" ", "\u00a0") if old else "from zero"
+    )
 
 
 def _bytes(size: float) -> str:

@@ -24,11 +24,11 @@ HEAD = """<p>Rebroadcast</p>
 
 HELD_OUT_TITLES = {
     "held-out-tiles-00000": "Unseen tiles of photographs whose other tiles it trained on",
-    "held-out-photographs-00000": "Photographs of which it has seen nothing",
+    "held-out-whole-00000": "Photographs of which it has seen nothing",
 }
 
-VERDICT = """<p>{title}: the student's distance to its teachers is {changes}; it is below the constant for
-{beaten} of {of}.</p>"""
+VERDICT = """<p><b>{title}</b>: measured from a constant answer, the trained student's distance to its
+teachers is {changes}. It is below the constant for {beaten} of {of}.</p>"""
 
 WHAT = """A few photographs were cut into tiles that share no pixel. Each teacher ran once over every view (a
 crop) of every tile, and its features were stored with the crop that it saw. The student then trained on the
@@ -45,10 +45,11 @@ has learned the mean, and nothing about pictures."""
 LOSS = """Training minimises the sum of a summary loss and a spatial loss for each teacher. Faint: every step.
 Solid: the running mean over a fifteenth of the run, whose last value stands in the legend."""
 
-PANELS = """Held-out views. Each square of a map is one patch, and its colour is the patch's feature on three
-axes: the leading principal components of the teacher's features. The student's prediction of the same teacher
-is drawn on the same axes with the same scale, so the same colour is the same direction. Washed-out colours
-mean a prediction close to the teacher's mean."""
+PANELS = """Held-out views. Each square of a map is one patch, and its colour is the direction of the patch's
+feature on three axes: the leading principal components of the teacher's directions. The student's prediction
+of the same teacher is drawn on the same axes with the same scale, so the same colour is the same direction.
+Washed-out colours mean a prediction close to the mean of them; a map of one colour, one that does not know
+what is where."""
 
 NEIGHBOURS = """For a held-out tile, the most similar training tiles by cosine of the summary vectors: once by
 what the teacher said, once by what the student predicts that the teacher would say. Tiles that both found are
@@ -82,6 +83,7 @@ CSS = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif;
   -webkit-text-size-adjust: 100%; }
 main { max-width: 1040px; margin: 0 auto; padding: 56px 24px 80px; }
+header b { font-weight: 600; }
 h1, h2 { font-family: Charter, "Bitstream Charter", Georgia, serif; line-height: 1.2; text-wrap: balance; }
 h1 { font-size: clamp(28px, 5vw, 44px); font-weight: 600; margin: 0 0 20px; max-width: 20em; letter-spacing:
   -0.01em; }

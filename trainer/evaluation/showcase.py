@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
 from trainer.config import TrainConfig
-from trainer.distillation import Distillation, load_distillation, untrained
+from trainer.distillation import Distillation, load_distillation
 from trainer.evaluation.feature_distance import Predict, feature_distances, mean_predictor
 from trainer.evaluation.figures import pca_rgb
 from trainer.evaluation.knn import nearest
@@ -32,7 +32,7 @@ from trainer.evaluation.report import (
 from trainer.evaluation.report_words import HELD_OUT_TITLES
 from trainer.metrics import read_metrics
 from trainer.reader import TargetReader
-from trainer.train import make_reader
+from trainer.train import first_model, make_reader
 
 CPU = torch.device("cpu")
 PANELS = 3  # images shown of each held-out shard
@@ -52,7 +52,7 @@ def make_showcase(
     train = make_reader(config)
     metrics = read_metrics(Path(config.training.output))
     predictors: dict[str, Predict] = {
-        "before": untrained(config, train.specs).eval(),
+        "before": first_model(config, train).eval(),
         "after": model,
         "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
     }
@@ -151,9 +151,15 @@ def _joined(outputs: list[dict[str, TeacherOutput]]) -> dict[str, TeacherOutput]
 
 
 def _panels(views: _Views, shown: list[int]) -> list[Panel]:
-    """Colours are fitted on all the shown views of a teacher together, so they can be compared."""
+    """Colours are of directions, for the loss is mostly their cosine; they are fitted on all the shown views
+    of a teacher together, so they can be compared.
+    """
+
+    def directions(output: TeacherOutput) -> torch.Tensor:
+        return F.normalize(output.spatial[shown], dim=-1)
+
     maps = {
-        name: pca_rgb(target.spatial[shown], views.predicted[name].spatial[shown])
+        name: pca_rgb(directions(target), directions(views.predicted[name]))
         for name, target in views.targets.items()
     }
     return [

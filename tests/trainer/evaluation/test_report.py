@@ -118,7 +118,7 @@ def test_the_page_needs_nothing_else() -> None:
     [
         ("18 + 6", "144 + 48", "1 min 23 s", "5.6 M parameters"),
         ("tf_efficientnet_lite0", "224 × 224", "7 × 7", "1,280", "fp16"),
-        ("0.9000", "0.4500", "0.6000", "−50 %", "−25 %", "for\n1 of 1"),
+        ("0.9000", "0.4500", "0.6000", "−50\u00a0%", "−25\u00a0%", "for 1 of 1"),
         ("0.81 cat", "1 of 1 in common", "would give 0.1"),
         ("12.5", "104.0", "66.7 times", "19.2 MB", "100.0 kB"),
     ],
