@@ -346,6 +346,46 @@ def verify(
 
 
 @command(app)
+def students(
+    measure: Annotated[bool, typer.Option("--measure", help="Also count images a second here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Students at 224 pixels: parameters, GFLOPs (two a multiply-add), grid. Others of timm are timm/NAME."""
+    from trainer.catalogue import describe, described_students
+
+    table = Table("name", "parameters", "GFLOPs", "grid", *(["images/s"] if measure else []))
+    rows = []
+    for name in described_students():
+        found = describe(name, measure)
+        rows.append(asdict(found))
+        cells = [f"{found.parameters:,}", f"{found.gflops:.1f}", "×".join(map(str, found.grid))]
+        table.add_row(name, *cells, *([f"{found.images_per_second:.2f}"] if measure else []))
+    if as_json:
+        out.print_json(json.dumps(rows))
+    else:
+        out.print(table)
+
+
+@command(app)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder.")],
+    to: Annotated[Literal["safetensors", "torchscript", "onnx", "torch-export"], typer.Option()],
+    destination: Annotated[
+        str, typer.Option("--out", metavar="PATH", help="A folder or URL for safetensors, else a file.")
+    ],
+    resolution: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="HEIGHT WIDTH", help="The training one if not given.")
+    ] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Any resolution the student takes.")] = False,
+    teacher: Annotated[str | None, typer.Option(help="Export its features, not the student's own.")] = None,
+) -> None:
+    """Write a trained student for use without this project, and check what was written against it."""
+    from trainer.export import export_student
+
+    out.print(export_student(checkpoint, to, destination, resolution, dynamic, teacher), highlight=False)
+
+
+@command(app)
 def inspect(store: StoreUrl, as_json: AsJson = False) -> None:
     """What a store holds: teachers, shards, rows, invalid rows with their reasons, bytes, codecs."""
     from storage_schemas.inspection import inspect_store

@@ -8,6 +8,7 @@ AM-RADIO section 4; the numbers are those of its public models.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class CroppedPositions(nn.Module):
 
     def _resample(self, grid: tuple[int, int]) -> Tensor:
         """The whole grid at the longer side of `grid`, of which the top left is taken: 1 (h w) d."""
-        longer: int = torch.sym_max(*grid)  # type: ignore[assignment]  # `max` would fix a dynamic export's size
+        # `max` would fix the size of a dynamic export, and torch.jit's tracer does not know sym_max.
+        longer: Any = torch.sym_max(*grid) if isinstance(grid[0], int | torch.SymInt) else max(grid)
         square = self.position.permute(2, 0, 1)[None]  # 1 d side side
         x = F.interpolate(square, (longer, longer), mode="bilinear", align_corners=True)
         return x[:, :, : grid[0], : grid[1]].flatten(2).transpose(1, 2)
