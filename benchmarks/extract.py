@@ -1,7 +1,7 @@
 """`extract` in this process beside a bare loop that decodes, crops and runs the same teacher, and stores
 nothing.
 
-    python benchmarks/extract.py [--images 96] [--views 2] [--runs 5] [--model tf_efficientnet_lite0] ...
+    python benchmarks/extract.py [--images 96] [--views 2] [--runs 5] [--teachers lite0 clip ...]
 
 Random weights (they do not change the arithmetic), photograph-like JPEGs of 500 × 375 made here, page cache
 warm. The bare loop uses the same decoder, crops and teacher object, batch after batch, in one thread beside
@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -34,6 +35,20 @@ from storage_schemas.objects import RangeReader, open_objects
 from storage_schemas.pixels import cut, decode
 from storage_schemas.store import FeatureStore
 
+# One a family at least, small enough that decoding and writing show beside their forward.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "lite0": {"family": "timm", "model": "tf_efficientnet_lite0"},
+    "vit_ti16": {"family": "timm", "model": "vit_tiny_patch16_224"},
+    "dinov2": {
+        "family": "timm",
+        "model": "vit_small_patch14_reg4_dinov2",
+        "blocks": 4,
+        "resolution": 224,
+    },
+    "clip": {"family": "open_clip", "model": "ViT-S-32-alt"},
+    "sam": {"family": "sam", "model": "vit_b", "blocks": 3, "resolution": 256},
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -43,7 +58,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--models", nargs="+", default=["tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
     options = parser.parse_args()
     print(
         f"{options.images} images × {options.views} views, batch {options.batch_size}, 2 decode threads, "
@@ -53,8 +68,8 @@ def main() -> None:
         folder = Path(name)
         tar = _write_tar(folder / "bench.tar", options.images)
         manifest = StoreManifest(crops=CropPolicy(first_view="center"), views_per_image=options.views)
-        for model in options.models:
-            teacher = create_teacher("timm", model, weights="random", seed=0)
+        for name in options.teachers:
+            teacher = create_teacher(**TEACHERS[name], weights="random", seed=0, name=name)
             _compare(folder, tar, teacher, manifest, options.batch_size, options.runs)
 
 
@@ -70,7 +85,8 @@ def _compare(
             rates["extract"].append(recorded)
     ratio = statistics.median(a / b for a, b in zip(rates["extract"], rates["bare loop"], strict=True))
     print(
-        f"\n{teacher.spec.model}, {teacher.spec.height} × {teacher.spec.width}, {teacher.spec.row_bytes:,} bytes a view"
+        f"\n{teacher.spec.name}: {teacher.spec.family} {teacher.spec.model}, {teacher.spec.height} × "
+        f"{teacher.spec.width}, {teacher.spec.row_bytes:,} bytes a view"
     )
     for name, found in rates.items():
         print(f"  {name:10} {statistics.median(found):7.1f} views/s ({min(found):.1f} to {max(found):.1f})")

@@ -147,27 +147,19 @@ def test_compiling_changes_rounding_alone() -> None:
     torch.testing.assert_close(plain(images).spatial, compiled(images).spatial, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "file"), [("the paper's", "teachers.yaml"), ("small", "teachers_small.yaml")]
-)
-def test_recipes_of_three_teachers_are_two_groups(name: str, file: str) -> None:
+@pytest.mark.parametrize(("file", "side"), [("am_radio.yaml", 1024), ("am_radio_small.yaml", 512)])
+def test_the_paper_s_recipe_and_its_small_twin_have_two_groups_of_resolutions(file: str, side: int) -> None:
     config = ExtractConfig.from_recipe(read_recipe(RECIPES / file))
     entries = {
         name: Entry(entry.family, entry.model, entry.weights, entry.settings)
         for name, entry in config.teachers.items()
     }
-    specs = {found.name: found.spec for found in list_teachers(entries)}
-    assert {name: spec and spec.family for name, spec in specs.items()} == {
-        "clip": "open_clip",
-        "dinov2": "timm",
-        "sam": "sam",
+    found = {listing.name: listing.spec for listing in list_teachers(entries)}
+    assert {name: spec and (spec.family, spec.height) for name, spec in found.items()} == {
+        "metaclip": ("open_clip", 224),
+        "dinov2": ("timm", 224),
+        "sam": ("sam", side),
     }
-    sides = {name: spec.height for name, spec in specs.items() if spec}
-    assert (sides["clip"], sides["dinov2"]) == (224, 224)
-    assert sides["sam"] == (1024 if file == "teachers.yaml" else 512)
-    assert {name for name, entry in entries.items() if weights_at_hand(entry)} == (
-        set() if file == "teachers.yaml" else {"clip", "dinov2", "sam"}
-    )
 
 
 def test_the_catalogue_says_what_each_known_teacher_stores() -> None:
