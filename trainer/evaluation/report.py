@@ -181,7 +181,7 @@ def _facts(report: DemoReport) -> str:
         ("tiles", f"{report.images} + {report.held_out_images}", "training + held out"),
         ("views recorded", f"{report.views:,} + {report.held_out_views:,}", "training + held out"),
         ("student", escape(report.student), f"{costs.student_parameters / 1e6:.1f} M parameters"),
-        ("from start to report", _seconds(sum(costs.seconds.values())), "wall clock"),
+        ("recording and training", _seconds(sum(costs.seconds.values())), "wall clock"),
     )
 
 
