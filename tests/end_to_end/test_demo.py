@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import cli
 from trainer.evaluation import report as page
-from trainer.evaluation.report import DemoReport
+from trainer.evaluation.report_values import DemoReport
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")

@@ -18,7 +18,7 @@ from trainer.distillation import Distillation, load_distillation
 from trainer.evaluation.feature_distance import Predict, feature_distances, mean_predictor
 from trainer.evaluation.figures import pca_rgb
 from trainer.evaluation.knn import nearest
-from trainer.evaluation.report import (
+from trainer.evaluation.report_values import (
     Costs,
     DemoReport,
     Distance,

@@ -13,7 +13,8 @@ import pytest
 
 from storage_schemas.manifest import PatchGrid, TeacherSpec
 from trainer.evaluation.figures import Pixels
-from trainer.evaluation.report import (
+from trainer.evaluation.report import render, write_report
+from trainer.evaluation.report_values import (
     Costs,
     DemoReport,
     Distance,
@@ -23,8 +24,6 @@ from trainer.evaluation.report import (
     Neighbours,
     Panel,
     Picture,
-    render,
-    write_report,
 )
 
 VOID = {"meta", "img", "br"}
