@@ -50,7 +50,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "timm DINOv2 S/14": {"family": "timm", "model": "vit_small_patch14_dinov2", "resolution": 224, **RANDOM},
     "open_clip ViT-B/32": {"family": "open_clip", "model": "ViT-B-32", **RANDOM},
     "open_clip RN50": {"family": "open_clip", "model": "RN50", **RANDOM},
-    "SAM ViT-B, 3 blocks": {"family": "sam", "model": "vit_b", "blocks": 3, **RANDOM},
+    "SAM ViT-B, 3 blocks": {"family": "sam", "model": "vit_b", "blocks": 3, "resolution": 512, **RANDOM},
 }
 
 

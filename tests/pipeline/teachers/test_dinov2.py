@@ -31,7 +31,7 @@ def teacher(model: str, **settings: Any) -> Any:
 def test_features_are_timm_s_and_dinov2_s_normed_tokens(model: str, registers: int, resolution: int) -> None:
     """DINOv2's x_norm_clstoken is token 0 of the final norm, x_norm_patchtokens those after the registers."""
     found = teacher(model, resolution=resolution)
-    images = random_images(found.spec)
+    images = random_images(found.spec, 1)
     torch.manual_seed(0)
     network: Any = timm.create_model(model, num_classes=0, img_size=resolution).eval()
     before: list[torch.Tensor] = []
