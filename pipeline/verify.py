@@ -19,26 +19,34 @@ INT8_TOLERANCE = 0.05
 
 
 def verify_deep(store: FeatureStore, teacher: str, views: int) -> list[str]:
-    """Compare about `views` valid views of a teacher, spread over its shards; a line for each that differs.
+    """Compare `views` valid views of a teacher (all, if it has fewer), evenly spread over its shards; a line
+    for each that differs.
 
     UserError if the weights or a source tar cannot be found where they were when the store was recorded.
     """
-    spec = store.spec(teacher)
-    again = recreate_teacher(spec)
+    again = recreate_teacher(store.spec(teacher))
     commits = [store.commit(teacher, shard) for shard in store.shards(teacher)]
-    step = max(1, sum(commit.valid_rows for commit in commits) // views)
-    return [problem for commit in commits for problem in _compare(store, again, commit, step)]
+    ends = np.cumsum([commit.valid_rows for commit in commits], dtype=np.int64)
+    total = int(ends[-1]) if commits else 0
+    count = min(views, total)
+    chosen = np.arange(count) * total // max(1, count)  # places among the valid views of all shards
+    problems: list[str] = []
+    for commit, end in zip(commits, ends.tolist(), strict=True):
+        places = chosen[(chosen >= end - commit.valid_rows) & (chosen < end)] - (end - commit.valid_rows)
+        if len(places):
+            valid = np.setdiff1d(np.arange(commit.rows), commit.invalid_rows)
+            problems += _compare(store, again, commit, valid[places].tolist())
+    return problems
 
 
-def _compare(store: FeatureStore, teacher: Teacher, commit: Commit, step: int) -> Iterator[str]:
+def _compare(store: FeatureStore, teacher: Teacher, commit: Commit, rows: list[int]) -> Iterator[str]:
     spec, part = teacher.spec, store.part(commit.teacher, commit.shard)
     views = store.committed_views(commit)
     replay = CropReplay(commit.shard, commit.source.url, views, store.manifest.max_pixels)
     tolerance = max(TOLERANCE[spec.compute_dtype], INT8_TOLERANCE if spec.codec == "int8" else 0.0)
-    valid = np.setdiff1d(np.arange(commit.rows), commit.invalid_rows)
     summary = np.empty((1, spec.summary_dim), np.float16)
     spatial = np.empty((1, spec.grid.height, spec.grid.width, spec.spatial_dim), np.float16)
-    for row in valid[::step].tolist():
+    for row in rows:
         output = teacher(replay.crop(row, (spec.height, spec.width))[None])
         part.read_summary([row], summary)
         part.read_spatial([row], spatial)

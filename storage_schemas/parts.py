@@ -59,21 +59,23 @@ class Part:
         return self._array("valid")
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        array = self.group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+        return _array(self.group, name)
 
     def moments(self) -> dict[str, Moments]:
-        """Of the valid rows' `summary` vectors, and of a sample of their `spatial` tokens."""
-        group = self.group["moments"]
-        assert isinstance(group, zarr.Group)
-        read = {
-            name: np.asarray(self._array(f"moments/{name}")[...], dtype=np.float64)
-            for name in ("summary_mean", "summary_covariance", "spatial_mean", "spatial_covariance")
-        }
-        counts = {name: int(str(group.attrs[name])) for name in ("summary", "spatial")}
+        """Of the valid rows' `summary` vectors, and of a sample of their `spatial` tokens.
+
+        DataDamage unless their objects are those committed: Zarr takes a missing chunk for zeros.
+        """
+        for line in _find_object_damage(self, "moments/"):
+            raise DataDamage(line)
+        group = zarr.open_group(self.objects.zarr(), path=f"{self.path}/moments", mode="r")
         return {
-            name: Moments(counts[name], read[f"{name}_mean"], read[f"{name}_covariance"]) for name in counts
+            name: Moments(
+                int(str(group.attrs[name])),
+                np.asarray(_array(group, f"{name}_mean")[...], dtype=np.float64),
+                np.asarray(_array(group, f"{name}_covariance")[...], dtype=np.float64),
+            )
+            for name in ("summary", "spatial")
         }
 
     def read_summary(self, rows: Sequence[int], out: Rows) -> None:
@@ -147,28 +149,38 @@ class Part:
         self._files.clear()
 
 
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
 def find_damage(part: Part) -> list[str]:
     """Every digest and row count of a part; one line for each thing that does not hold."""
-    commit = part.commit
-    wanted = chunk_paths(part.spec, commit.rows) | metadata_paths(part.spec, commit.rows)
-    missing = sorted(wanted - {entry.path for entry in commit.objects})
-    problems = [f"{part.where} the commit lacks object {name!r}" for name in missing]
-    problems += [line for entry in commit.objects for line in _find_object_damage(part, entry)]
-    return problems or _find_row_damage(part)
+    return list(_find_object_damage(part)) or _find_row_damage(part)
 
 
-def _find_object_damage(part: Part, entry: ObjectDigest) -> Iterator[str]:
+def _find_object_damage(part: Part, below: str = "") -> Iterator[str]:
+    """A line for each object, of those whose path begins so, that is not there as committed."""
+    committed = {entry.path: entry for entry in part.commit.objects}
+    wanted = chunk_paths(part.spec, part.commit.rows) | metadata_paths(part.spec, part.commit.rows)
+    for name in sorted(wanted | committed.keys()):
+        if name.startswith(below):
+            entry = committed.get(name)
+            problem = _compare(part, entry) if entry else f"the commit lacks object {name!r}"
+            if problem:
+                yield f"{part.where} {problem}"
+
+
+def _compare(part: Part, entry: ObjectDigest) -> str | None:
     path = f"{part.path}/{entry.path}"
     try:
         size, digest = digest_object(part.objects, path)
     except FileNotFoundError:
-        yield f"{part.where} object {path!r} is missing"
-        return
-    if (size, digest) != (entry.size, entry.blake3):
-        yield (
-            f"{part.where} object {path!r} has {size} bytes, blake3 {digest}; "
-            f"committed {entry.size}, {entry.blake3}"
-        )
+        return f"object {path!r} is missing"
+    if (size, digest) == (entry.size, entry.blake3):
+        return None
+    return f"object {path!r} has {size} bytes, blake3 {digest}; committed {entry.size}, {entry.blake3}"
 
 
 def _find_row_damage(part: Part) -> list[str]:

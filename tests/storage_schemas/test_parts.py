@@ -101,6 +101,27 @@ def test_any_rows_read_as_zarr_reads_them(url: str, codec: str, shard_bytes: int
     part.close()
 
 
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut"])
+def test_moments_are_those_committed_or_damage(tmp_path: Path, damage: str) -> None:
+    store, spec = make_store(tmp_path), make_spec()
+    commit = write_part(store, spec, random_output(spec, ROWS))
+    names = [entry.path for entry in commit.objects if entry.path.startswith("moments/")]
+    assert len(names) == 9
+    for name in names:
+        path = tmp_path / store.part_path("fake", "a", commit.attempt) / name
+        data = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        elif damage == "flipped":
+            flip_bit(path, 8)
+        else:
+            path.write_bytes(data[:-1])
+        with pytest.raises(DataDamage, match=rf"shard 'a', teacher 'fake', .*/{name}'"):
+            store.moments("fake")
+        path.write_bytes(data)
+    assert store.moments("fake")["summary"].count == ROWS
+
+
 def test_rows_that_do_not_exist_and_memory_that_would_be_copied_are_refused(tmp_path: Path) -> None:
     store, spec = make_store(tmp_path), make_spec()
     write_part(store, spec, random_output(spec, ROWS))
