@@ -98,7 +98,6 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-@pytest.mark.slow
 def test_two_actors_one_killed_at_work_make_the_same_store(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, shards=6, images=24)
     command = [sys.executable, "-m", "cli", "extract", str(recipe), "--executor", "ray", "--workers", "2"]
@@ -166,7 +165,6 @@ def wait_for_port(port: int, process: subprocess.Popen[str], log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-@pytest.mark.slow
 def test_a_batch_job_records_what_one_process_does(tmp_path: Path, head: dict[str, str]) -> None:
     recipe = write_recipe(tmp_path, shards=2)
     submit = [f"{BINARIES}/ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "cli"]
