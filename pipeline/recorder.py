@@ -18,6 +18,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import torch
@@ -26,7 +27,7 @@ from pipeline.shards import Sample, index_tar
 from pipeline.teachers import Teacher
 from pipeline.writer import PartWriter
 from storage_schemas.commits import SourceTar
-from storage_schemas.errors import DataDamage
+from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import StoreManifest, TeacherSpec
 from storage_schemas.objects import RangeReader, local_file, open_objects
@@ -96,6 +97,7 @@ class Recorder:
         with local_file(url) as path, ExitStack() as stack:
             before = _identity(path)
             index = index_tar(path, shard)
+            self.store.require_tar(shard, index.sha256)
             rows = len(index.samples) * self.store.manifest.views_per_image
             writers = [PartWriter(self.store, self.teachers[name].spec, shard, rows) for name in missing]
             for writer in writers:
@@ -103,8 +105,16 @@ class Recorder:
             table = self._run(path, index.samples, writers, on_views)
             if _identity(path) != before:
                 raise DataDamage(f"shard {shard!r}: {url!r} was changed while it was read")
+            statuses = Counter(table["status"].to_pylist())
+            for writer in writers:
+                if statuses[ViewStatus.OK] and not writer.valid_rows:
+                    raise UserError(
+                        f"teacher: {writer.spec.name!r} gives no finite features for any view of shard "
+                        f"{shard!r}; check its pixel_std, weights and compute_dtype"
+                    )
             digest = self.store.put_views(shard, table)
-            source = SourceTar(url=url, size=index.size, sha256=index.sha256)
+            place = url if urlsplit(url).scheme else str(path)  # one that holds in any folder
+            source = SourceTar(url=place, size=index.size, sha256=index.sha256)
             commits = [commit for writer in writers if (commit := writer.commit(source, digest))]
         return Receipt(
             shard,
@@ -112,7 +122,7 @@ class Recorder:
             views=rows,
             bytes=sum(commit.bytes for commit in commits),
             seconds=time.monotonic() - started,
-            statuses=dict(Counter(table["status"].to_pylist())),
+            statuses=dict(statuses),
             invalid={commit.teacher: len(commit.invalid_rows) for commit in commits},
             fidelity={commit.teacher: commit.fidelity for commit in commits if commit.fidelity},
         )

@@ -98,6 +98,11 @@ class PartWriter:
         if packed.scale is not None:
             self._fidelity.add(output.spatial.float().cpu().numpy()[packed.valid], stored[packed.valid])
 
+    @property
+    def valid_rows(self) -> int:
+        """Rows so far that have features."""
+        return int(self._valid.sum())
+
     def commit(self, source: SourceTar, views_sha256: str) -> Commit | None:
         """Finish the part and make it count; None if another attempt already does."""
         assert self._written == self.rows, (self.shard, self._written, self.rows)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +49,7 @@ class Objects:
         return bytes(obstore.get(self._store, path).bytes())
 
     def get_ranges(self, path: str, starts: Sequence[int], nbytes: int) -> list[Any]:
-        """Buffers of `nbytes` bytes from each start (shorter where the object ends), adjacent ones in one
-        request.
-        """
+        """Buffers of `nbytes` bytes from each start (shorter where the object ends), in few requests."""
         return list(obstore.get_ranges(self._store, path, starts=starts, lengths=[nbytes] * len(starts)))
 
     def put(self, path: str, data: Any) -> None:
@@ -59,8 +59,7 @@ class Objects:
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write, unless there is such an object already; says whether this call wrote it.
 
-        False does not mean that another writer won: the answer to an earlier try may have been lost. Read
-        back.
+        False does not mean that another writer won: an earlier try's answer may be lost. Read back.
         """
         try:
             obstore.put(self._store, path, data, mode="create", use_multipart=False)
@@ -73,9 +72,8 @@ class Objects:
         if self.root is None:
             yield from map(bytes, obstore.get(self._store, path).stream(min_chunk_size=PIECE_BYTES))
             return
-        with (self.root / path).open(
-            "rb", buffering=0
-        ) as file:  # obstore's stream of a file is many times slower
+        # obstore's stream of a file is many times slower
+        with (self.root / path).open("rb", buffering=0) as file:
             while piece := file.read(PIECE_BYTES):
                 yield piece
 
@@ -98,7 +96,13 @@ class Objects:
         return folders, sorted(entry["path"].rsplit("/", 1)[-1] for entry in found["objects"])
 
     def modified(self, folder: str) -> float:
-        """Unix time of the newest object below a folder; 0 if there is none."""
+        """Unix time of the newest object below a folder, counting local ones being put; 0 if none."""
+        if self.root is not None:
+            files = (path for path in (self.root / folder).rglob("*") if not path.is_dir())
+            try:
+                return max((path.stat().st_mtime for path in files), default=0.0)
+            except FileNotFoundError:  # it was put, or removed, at this moment
+                return time.time()
         found = obstore.list(self._store, folder).collect()
         return max((entry["last_modified"].timestamp() for entry in found), default=0.0)
 
@@ -131,7 +135,8 @@ def open_objects(url: str, *, create: bool = False, field: str = "url") -> Objec
     """
     scheme = urlsplit(url).scheme
     if scheme in ("", "file"):
-        root = Path(unquote(url[len("file://") :]) or "/" if scheme else url).absolute()
+        path = unquote(url[len("file://") :]) or "/" if scheme else os.path.expanduser(url)  # noqa: PTH111
+        root = Path(path).absolute()
         if scheme and not url.startswith("file:///"):
             raise UserError(f"{field}: {url!r} must be file:// and an absolute path")
         if create:
@@ -179,16 +184,13 @@ def expand_shards(patterns: Sequence[str], field: str = "data") -> dict[str, str
     listings: dict[str, list[str]] = {}
     for url in (url for pattern in patterns for url in _expand(pattern, field, listings)):
         name = shard_name(url)
-        if not name or not set(name) <= _NAME_CHARACTERS or name.startswith("."):
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
             raise UserError(
                 f"{field}: shard name {name!r} may hold only letters, digits, '.', '_' and '-': rename it"
             )
         if found.setdefault(name, url) != url:
             raise UserError(f"{field}: {found[name]!r} and {url!r} have the same name {name!r}: rename one")
     return dict(sorted(found.items()))
-
-
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 def _expand(pattern: str, field: str, listings: dict[str, list[str]]) -> Iterator[str]:
@@ -213,9 +215,7 @@ def _expand_braces(pattern: str, field: str) -> Iterator[str]:
 
 @contextmanager
 def local_file(url: str) -> Iterator[Path]:
-    """A path to the object's bytes: the file itself if it is local, else a temporary copy, removed at the
-    end.
-    """
+    """A path to the object's bytes: the file itself if it is local, else a temporary copy."""
     folder, name = split_url(url)
     objects = open_objects(folder)
     if objects.root is not None:

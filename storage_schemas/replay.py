@@ -25,7 +25,7 @@ class CropReplay:
         self._max_pixels = max_pixels
         folder, name = split_url(url)
         try:
-            self._tar = RangeReader(open_objects(folder, field="data"), name)
+            self._tar = RangeReader(open_objects(folder, field=f"data: shard {shard!r}, {url!r}"), name)
             self._tar.size()
         except FileNotFoundError as error:
             raise UserError(f"data: shard {shard!r}: there is no {url!r}") from error

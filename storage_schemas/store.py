@@ -189,6 +189,16 @@ class FeatureStore:
             )
         return digest
 
+    def require_tar(self, shard: str, sha256: str) -> None:
+        """UserError, naming both digests, if a teacher's commit of the shard is of another tar."""
+        for teacher in self.teachers():
+            known = self.commit(teacher, shard).source if self.has_commit(teacher, shard) else None
+            if known and known.sha256 != sha256:
+                raise UserError(
+                    f"shard: {shard!r} has sha256 {sha256}, but {known.sha256} where it is recorded for "
+                    f"teacher {teacher!r}; restore that tar, or give this one another name"
+                )
+
     def moments(self, teacher: str, shards: Sequence[str] | None = None) -> dict[str, Moments]:
         """Moments of `summary` and of `spatial` (a sample of tokens) over a teacher's committed parts.
 
@@ -205,6 +215,7 @@ class FeatureStore:
         try:
             commit = self.commit(teacher, shard)
             self.committed_views(commit)
+            self.require_tar(shard, commit.source.sha256)
             return find_damage(self.part(teacher, shard))
         except (DataDamage, UserError) as error:
             return [str(error)]

@@ -238,11 +238,41 @@ def test_a_changed_tar_is_refused_for_a_later_teacher(tmp_path: Path) -> None:
     path = make_shard(tmp_path / "a.tar", 3)
     store = make_store(tmp_path / "store")
     Recorder(store, [FakeTeacher(make_spec("one"))], 4, 2).record("a", str(path))
-    make_shard(path, 3, first=50)
-    with pytest.raises(UserError, match="shard: 'a' differs at row 0"):
-        Recorder(store, [FakeTeacher(make_spec("two"))], 4, 2).record("a", str(path))
+    before = index_tar(path, "a").sha256
+    for change in (lambda: make_shard(path, 3, first=50), lambda: make_shard(path, 3, caption="other")):
+        change()
+        later = Watching(make_spec("two"))
+        with pytest.raises(UserError, match=rf"'a' has sha256 {index_tar(path, 'a').sha256}, but {before}"):
+            Recorder(store, [later], 4, 2).record("a", str(path))
+        assert later.seen == []
     assert store.shards("two") == []
     assert store.garbage() == []
+
+
+def test_a_teacher_without_any_finite_feature_is_refused(tmp_path: Path) -> None:
+    class Broken(FakeTeacher):
+        def __call__(self, images: torch.Tensor) -> TeacherOutput:
+            output = super().__call__(images)
+            return TeacherOutput(output.summary / 0, output.spatial)
+
+    url = str(make_shard(tmp_path / "a.tar", 3))
+    store = make_store(tmp_path / "store")
+    teachers = [FakeTeacher(make_spec("good")), Broken(make_spec("broken"))]
+    with pytest.raises(
+        UserError, match="teacher: 'broken' gives no finite features for any view of shard 'a'"
+    ):
+        Recorder(store, teachers, 2, 1).record("a", url)
+    assert (store.shards("good"), store.shards("broken"), store.garbage()) == ([], [], [])
+
+
+def test_a_commit_says_where_its_tar_lay_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shard(tmp_path / "in" / "a.tar", 1)
+    monkeypatch.chdir(tmp_path)
+    store = make_store(tmp_path / "store")
+    Recorder(store, [FakeTeacher(make_spec())], 2, 1).record("a", "in/a.tar")
+    assert store.commit("fake", "a").source.url == str(tmp_path / "in" / "a.tar")
 
 
 def test_a_tar_that_changes_while_it_is_read_is_damage(tmp_path: Path) -> None:
@@ -271,6 +301,8 @@ def test_replay_refuses_another_tar_by_shard_and_row(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="shard 'a': there is no"):
         CropReplay("a", str(path), views, 10**6)
+    with pytest.raises(UserError, match=r"shard 'a', '/gone/a\.tar': '/gone' is no folder"):
+        CropReplay("a", "/gone/a.tar", views, 10**6)
 
 
 @pytest.mark.parametrize("views", [1, 40])

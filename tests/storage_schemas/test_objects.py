@@ -164,3 +164,16 @@ def test_reading_past_the_end_is_damage(objects: Objects) -> None:
     objects.put("x", bytes(10))
     with RangeReader(objects, "x") as reader, pytest.raises(DataDamage, match=r"x: 3 of 4 bytes at 7"):
         reader.read(7, 4)
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(b"x")
+    assert expand_shards(["~/in/*.tar"]) == {"a": "~/in/a.tar"}
+    with local_file("~/in/a.tar") as path:
+        assert path == tmp_path / "in" / "a.tar"
+    open_objects("~/out", create=True).put("b", b"y")
+    assert (tmp_path / "out" / "b").read_bytes() == b"y"
+    with pytest.raises(UserError, match="is no folder"):
+        open_objects("~nobody-of-this-name/out")

@@ -149,6 +149,34 @@ def test_garbage_is_what_no_commit_names_and_nobody_writes_now(tmp_path: Path) -
     assert store.verify("fake", "a") == []
 
 
+def test_an_attempt_that_is_still_at_its_first_object_is_young(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.add_teacher(make_spec())
+    path = store.part_path("fake", "a", "f" * 32)
+    staging = tmp_path / path / "summary/c/0/0#1"
+    staging.parent.mkdir(parents=True)
+    staging.write_bytes(b"half")
+    assert store.garbage(older_than=3600) == []
+    old = time.time() - 7200
+    os.utime(staging, (old, old))
+    assert store.garbage(older_than=3600) == [path]
+
+
+def test_commits_of_a_shard_from_different_tars_are_named(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for name in ("one", "two"):
+        write_part(store, make_spec(name), random_output(make_spec(name), 2))
+    path = tmp_path / "teachers/two/commits/a.json"
+    path.write_text(path.read_text().replace("0" * 64, "1" * 64, 1))
+    commit = store.commit("two", "a")
+    assert commit.source.sha256 == "1" * 64
+    for name in ("one", "two"):
+        [line] = store.verify(name, "a")
+        assert "'a' has sha256" in line
+        assert "0" * 64 in line
+        assert "1" * 64 in line
+
+
 def test_nothing_is_garbage_while_a_commit_cannot_be_read(tmp_path: Path) -> None:
     store, spec = make_store(tmp_path), make_spec()
     write_part(store, spec, random_output(spec, 2))
