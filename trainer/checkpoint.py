@@ -87,6 +87,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(complete, None)
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint at `path`: itself, or the newest of a folder of them."""
+    return path if (path / RECORD).is_file() else newest_checkpoint(path)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`; DataDamage names the file whose digest does not hold."""
     record = _read_record(path)

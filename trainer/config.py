@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from storage_schemas.errors import UserError
 from storage_schemas.manifest import Frozen, Positive
@@ -32,7 +32,7 @@ class StudentConfig(Frozen, extra="allow"):
         return dict(self.model_extra or {})
 
 
-class LossConfig(Frozen):
+class LossConfig(Frozen, allow_inf_nan=False):
     """Weights and forms of AM-RADIO's two losses (section 3.4).
 
     summary_weight and spatial_weight are the paper's lambda and gamma by teacher, 1 where none is given;
@@ -56,7 +56,7 @@ class LossConfig(Frozen):
                 )
 
 
-class TrainingConfig(Frozen):
+class TrainingConfig(Frozen, allow_inf_nan=False):
     """Section `training`.
 
     output: folder of checkpoints and metrics. teachers: names in the store, all of them if not given.
@@ -70,7 +70,7 @@ class TrainingConfig(Frozen):
     checkpoints to keep.
     """
 
-    output: str
+    output: str = Field(min_length=1)
     teachers: tuple[str, ...] = ()
     resolution: Resolution = (224, 224)
     batch_size: Positive = 32
@@ -95,6 +95,13 @@ class TrainingConfig(Frozen):
     checkpoint_every: Positive = 1000
     keep: Positive = 2
 
+    @field_validator("warmup")
+    @classmethod
+    def _ends_within_the_run(cls, warmup: int, info: ValidationInfo) -> int:
+        if warmup > info.data.get("steps", warmup):
+            raise ValueError(f"is more than the {info.data['steps']} steps of the run")
+        return warmup
+
 
 # Fields of `training` in which a run may differ from the one it resumes: they decide where and how fast it
 # computes, and what it says of itself. (Another device, or a compiled model, rounds differently.)
@@ -103,7 +110,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-class EvaluationConfig(Frozen):
+class EvaluationConfig(Frozen, allow_inf_nan=False):
     """Section `evaluation`. The bank of k-NN is view 0 of `data.train`, its queries view 0 of
     `data.held_out`.
     """
@@ -128,18 +135,19 @@ class TrainConfig(Frozen):
         return parse(cls, {name: recipe[name] for name in cls.model_fields if name in recipe}, "recipe")
 
     def train_shards(self) -> dict[str, str]:
-        """URLs of the source shards to train on, by name."""
-        return expand_shards(self.data.train, "data.train")
+        """URLs of the source shards to train on, by name; UserError if one is held out."""
+        found = expand_shards(self.data.train, "data.train")
+        both = sorted(found.keys() & expand_shards(self.data.held_out, "data.held_out").keys())
+        if both:
+            raise UserError(f"data.held_out: shard {both[0]!r} is in data.train too; take it out of one")
+        return found
 
     def held_out_shards(self) -> dict[str, str]:
         """URLs of the source shards that are never trained on, by name; UserError if there are none."""
         if not self.data.held_out:
             raise UserError("data.held_out: is missing from the recipe; evaluation needs it")
-        found = expand_shards(self.data.held_out, "data.held_out")
-        both = sorted(found.keys() & self.train_shards().keys())
-        if both:
-            raise UserError(f"data.held_out: shard {both[0]!r} is in data.train too; take it out of one")
-        return found
+        self.train_shards()
+        return expand_shards(self.data.held_out, "data.held_out")
 
     def with_held_out(self, url: str) -> TrainConfig:
         """The same, evaluated on one shard only."""

@@ -14,7 +14,7 @@ from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import TeacherSpec
 from trainer.adaptors import Adaptor, align
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import find_checkpoint, load_checkpoint
 from trainer.config import LossConfig, TrainConfig
 from trainer.losses import mean_over_valid, spatial_loss, summary_loss, zero_invalid
 from trainer.students import Student, create_student
@@ -86,9 +86,12 @@ def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
 def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
     """Give `model` the student of a checkpoint, and its heads for the teachers that both have.
 
-    UserError where the checkpoint is of another student, or its heads are of other shapes.
+    UserError where there is none at `path`, or it is of another student, or its heads are of other shapes.
     """
-    checkpoint = load_checkpoint(path)
+    found = find_checkpoint(path)
+    if found is None:
+        raise UserError(f"training.start_from: {str(path)!r} holds no checkpoint; give the folder of one")
+    checkpoint = load_checkpoint(found)
     theirs = TrainConfig.from_recipe(checkpoint.meta["recipe"]).student
     if theirs != config.student:
         ours = config.student
@@ -99,11 +102,19 @@ def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
     known = {name: head for name, head in model.adaptors.items() if name in checkpoint.meta["teachers"]}
     heads = nn.ModuleDict(known)
     weights = {key: value for key, value in checkpoint.adaptors.items() if key.split(".")[0] in known}
-    try:
-        model.student.load_state_dict(checkpoint.student)
-        heads.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"training.start_from: {str(path)!r} does not fit the recipe ({error})") from error
+    for module, tensors in ((model.student, checkpoint.student), (heads, weights)):
+        _require_same_shapes(module.state_dict(), tensors, path)
+        module.load_state_dict(tensors)
+
+
+def _require_same_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Path) -> None:
+    for name in {**ours, **theirs}:
+        here, there = (list(side[name].shape) if name in side else "none" for side in (ours, theirs))
+        if here != there:
+            raise UserError(
+                f"training.start_from: {str(path)!r} does not fit the recipe: its {name} is {there}, the "
+                f"recipe's {here}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

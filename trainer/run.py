@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from trainer.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, s
 from trainer.config import TrainConfig, require_same_run
 from trainer.distillation import Distillation
 from trainer.distributed import World, barrier
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +35,35 @@ class Run:
         """Where they are."""
         return Path(self.config.training.output)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Rank 0 alone writes to the folder, until its process ends; UserError if another run does."""
+        if self.world.rank:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise _unwritable(self.folder, error.strerror or str(error)) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"training.output: another run is writing to {str(self.folder)!r}; wait for its end, or "
+                    f"give another output"
+                ) from error
+            yield
+
     def save(self, model: Distillation, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Rank 0 writes a checkpoint; the others wait until it is there."""
+        """Rank 0 writes a checkpoint; the others wait until it is there. UserError if training diverged."""
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise UserError(
+                    f"training.learning_rate: the weights {name} are not finite after step {step}, which is "
+                    f"not saved; lower it, or give a longer training.warmup"
+                )
         if self.world.rank == 0:
             specs = {name: spec.model_dump(mode="json") for name, spec in model.specs.items()}
             save_checkpoint(
@@ -44,18 +77,17 @@ class Run:
             )
         barrier()
 
-    def restore(self, model: Distillation, optimizer: torch.optim.Optimizer, resume: bool) -> int:
-        """Load the newest complete checkpoint; the step to go on from, 0 if there is none.
-
-        UserError if there is one and `resume` was not asked for, or if it is of another run.
-        """
+    def newest(self, resume: bool) -> Path | None:
+        """The newest complete checkpoint; UserError if there is one and `resume` was not asked for."""
         newest = newest_checkpoint(self.folder)
-        if newest is None:
-            return 0
-        if not resume:
+        if newest is not None and not resume:
             raise UserError(
                 f"training.output: {str(self.folder)!r} holds {newest.name}; give --resume, or another output"
             )
+        return newest
+
+    def restore(self, newest: Path, model: Distillation, optimizer: torch.optim.Optimizer) -> int:
+        """Load a checkpoint; the step to go on from. UserError if it is of another run."""
         checkpoint = load_checkpoint(newest)
         self._require_same(checkpoint, newest, model)
         model.student.load_state_dict(checkpoint.student)
@@ -77,3 +109,16 @@ class Run:
                 f"data.train: {where} was trained on other shards or recordings; give those, or another "
                 f"training.output"
             )
+
+
+def require_writable(folder: Path) -> None:
+    """UserError if the output folder cannot be made, or not be written to; nothing is made yet."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{str(nearest)!r} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{str(nearest)!r} is not writable")
+
+
+def _unwritable(folder: Path, why: str) -> UserError:
+    return UserError(f"training.output: {str(folder)!r} cannot be written to ({why}); give another folder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from storage_schemas.errors import UserError
 from storage_schemas.store import FeatureStore
 from trainer.adaptors import Adaptor
-from trainer.checkpoint import newest_checkpoint
 from trainer.config import TrainConfig, TrainingConfig
 from trainer.distillation import Distillation, Losses, distillation_losses, start_from, untrained
 from trainer.distributed import World, all_sum, launch, wrap
 from trainer.metrics import Meter, MetricsLog, StepMetrics
 from trainer.reader import Batch, TargetReader
-from trainer.run import Run
+from trainer.run import Run, require_writable
 
 MOMENT_SHARDS = 8  # enough for the scale of the targets; a covariance a shard is read
 UNDECAYED = ("token", "position", "pos_embed")  # in the last part of a parameter's name
@@ -45,12 +44,17 @@ def train(
     """
     config = TrainConfig.from_recipe(recipe)
     settings = config.training
-    with launch(settings.device) as world:
+    require_writable(Path(settings.output))
+    with launch(settings.device) as world, ExitStack() as stack:
         reader = make_reader(config)
-        model = first_model(config, reader).to(world.device)
+        model = untrained(config, reader.specs).to(world.device)
         optimizer = make_optimizer(model, settings)
         run = Run(recipe, config, reader.digest(), world)
-        first = run.restore(model, optimizer, resume)
+        stack.enter_context(run.locked())
+        newest = run.newest(resume)
+        if newest is None:
+            initialise(model, config, reader)
+        first = run.restore(newest, model, optimizer) if newest else 0
         order = reader.order(settings.seed, settings.block_rows, settings.window_blocks)
         if settings.compile:
             model.compile()
@@ -74,9 +78,9 @@ def train(
                         on_metrics(metrics)
                 if saves:
                     run.save(model, optimizer, done)
-    newest = newest_checkpoint(run.folder)
-    assert newest is not None
-    return newest
+        saved = run.newest(resume=True)
+    assert saved is not None
+    return saved
 
 
 def training_step(
@@ -117,14 +121,19 @@ def make_reader(config: TrainConfig, held_out: bool = False) -> TargetReader:
 
 
 def first_model(config: TrainConfig, reader: TargetReader) -> Distillation:
-    """The model before the first step: heads of the targets' scale, and what `start_from` names."""
+    """The model before the first step of a run."""
     model = untrained(config, reader.specs)
+    initialise(model, config, reader)
+    return model
+
+
+def initialise(model: Distillation, config: TrainConfig, reader: TargetReader) -> None:
+    """Give the heads the targets' scale, and the model what `start_from` names."""
     for name, adaptor in model.adaptors.items():
         assert isinstance(adaptor, Adaptor)
         adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
     if config.training.start_from is not None:
         start_from(model, Path(config.training.start_from), config)
-    return model
 
 
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.AdamW:

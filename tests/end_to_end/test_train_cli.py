@@ -172,6 +172,13 @@ def assert_refused(result: Result, named: str, code: int = 2) -> None:
         ("student.patchsize=4", "'patchsize'"),
         ("training.resolution=30", "does not take 30 x 30 images"),
         ("training.steps=0", "training.steps: 0"),
+        ("training.learning_rate=.inf", "training.learning_rate: inf"),
+        ("training.loss.cosine=.nan", "training.loss.cosine: nan"),
+        ("evaluation.temperature=.inf", "evaluation.temperature: inf"),
+        ("training.warmup=1000", "training.warmup: 1000: Value error, is more than the"),
+        ("training.output=", "training.output: "),
+        ("training.output=''", "training.output: ''"),
+        ("data.held_out={folder}/train-1.tar", "data.held_out: shard 'train-1' is in data.train too"),
         ("training.speed=1", "training.speed: unknown key"),
         ("training.teachers=[sam]", "teacher: 'sam' is not in store"),
         ("store.url=/nowhere", "'/nowhere' is no folder"),
@@ -182,15 +189,16 @@ def assert_refused(result: Result, named: str, code: int = 2) -> None:
 def test_a_wrong_recipe_is_one_line_and_exit_2(
     project: Project, tmp_path: Path, override: str, named: str
 ) -> None:
-    output = f"training.output={tmp_path / 'out'}"
-    assert_refused(run("train", project.recipe, "--set", output, "--set", override), named)
+    output, given = f"training.output={tmp_path / 'out'}", override.format(folder=project.folder)
+    assert_refused(run("train", project.recipe, "--set", output, "--set", given), named)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_one_line_and_exit_1(project: Project, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(project: Project, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    output = f"training.output={tmp_path / 'file' / 'run'}"
-    assert_refused(run("train", project.recipe, "--set", output), "Not a directory", code=1)
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        given = ("--set", f"training.output={folder}", "--set", "store.url=/nowhere")
+        assert_refused(run("train", project.recipe, *given), f"training.output: '{folder}' cannot be written")
 
 
 def test_a_finished_run_is_not_started_over(project: Project) -> None:

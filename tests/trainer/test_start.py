@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,30 @@ def test_a_trained_student_gets_heads_for_more_teachers_and_keeps_those_it_has(
     other = TrainConfig.from_recipe({**recipe, "student": {"name": "eradio_xt"}})
     with pytest.raises(UserError, match=r"student 'radio_vit_ti16' .*; the recipe has 'eradio_xt'"):
         start_from(now, first, other)
+
+
+def test_an_output_folder_stands_for_its_newest_checkpoint(recorded: Any, tmp_path: Path) -> None:
+    first = train(recorded.recipe(tmp_path / "one", steps=2))
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "two", start_from=str(first.parent)))
+    model, before = first_model(config, make_reader(config)), load_checkpoint(first)
+    assert all(torch.equal(model.student.state_dict()[name], value) for name, value in before.student.items())
+
+
+def test_what_cannot_be_started_from_is_one_line(recorded: Any, tmp_path: Path) -> None:
+    first = train(recorded.recipe(tmp_path / "one", steps=2))
+    recipe = recorded.recipe(tmp_path / "two", start_from=str(first), adaptor_hidden=16)
+    with pytest.raises(UserError, match=r"start_from: .* its cnn\.\S+ is \[.*\], the recipe's \[.*\]$"):
+        train(recipe)
+    with pytest.raises(UserError, match=r"start_from: '.*nowhere' holds no checkpoint"):
+        train(recorded.recipe(tmp_path / "two", start_from=str(tmp_path / "nowhere")))
+
+
+def test_resuming_needs_no_longer_what_was_started_from(recorded: Any, tmp_path: Path) -> None:
+    first = train(recorded.recipe(tmp_path / "one", steps=2))
+    recipe = recorded.recipe(tmp_path / "two", steps=2, start_from=str(first))
+    second = train(recipe)
+    shutil.rmtree(first.parent)
+    assert train(recipe, resume=True) == second
 
 
 def test_first_outputs_are_of_the_targets_scale(recorded: Any, tmp_path: Path) -> None:

@@ -202,6 +202,16 @@ def test_other_targets_are_refused(recorded: Any, own_copy: Any, tmp_path: Path)
         train(more, resume=True)
 
 
+def test_a_folder_is_written_to_by_one_run_at_a_time(recorded: Any, tmp_path: Path) -> None:
+    recipe = recorded.recipe(tmp_path, steps=2)
+
+    def again(_: object) -> None:
+        with pytest.raises(UserError, match=r"training\.output: another run is writing to"):
+            train(recipe, resume=True)
+
+    assert train(recipe, on_metrics=again) == train(recipe, resume=True)
+
+
 # Ranks
 
 
@@ -369,12 +379,22 @@ def test_every_checkpoint_has_its_line_of_metrics(recorded: Any, tmp_path: Path)
 def test_a_run_that_diverges_stops_with_its_cause_and_keeps_its_checkpoint(
     recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recorded.recipe(tmp_path, steps=6, checkpoint_every=1)
+    recipe = recorded.recipe(tmp_path, steps=6, log_every=2, checkpoint_every=2)
     monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step == 2 else 0.01)
     with pytest.raises(UserError, match=r"training\.learning_rate: the loss is nan .* at step 4"):
         train(recipe)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
+
+
+def test_a_last_step_that_diverges_is_not_saved(
+    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recorded.recipe(tmp_path, steps=2)
+    monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step else 0.01)
+    with pytest.raises(UserError, match=r"training\.learning_rate: the weights .* after step 2"):
+        train(recipe)
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(recorded: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from storage_schemas.errors import UserError
 from storage_schemas.recipe import override_recipe, read_recipe
 from storage_schemas.store import FeatureStore
-from trainer.checkpoint import RECORD, newest_checkpoint
+from trainer.checkpoint import find_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig, require_same_run
 from trainer.distillation import Distillation, load_distillation
 from trainer.distributed import choose_device
@@ -38,7 +38,7 @@ class Subject:
         UserError where a recipe's newest checkpoint was trained with other settings.
         """
         if path.is_dir():
-            checkpoint = path if (path / RECORD).is_file() else newest_checkpoint(path)
+            checkpoint = find_checkpoint(path)
             if checkpoint is None:
                 raise UserError(f"checkpoint: {str(path)!r} holds none; give the training.output of a recipe")
             model, recipe = load_distillation(checkpoint)
