@@ -10,12 +10,13 @@ One process writes to a folder of checkpoints at a time.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -74,6 +75,9 @@ def save_checkpoint(
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         final = _replace(temporary, folder / f"step-{step:08d}")
+    except OSError as error:
+        full = "disk full: " if error.errno == errno.ENOSPC or "os error 28" in str(error) else ""
+        raise OSError(f"checkpoint {temporary}: {full}{error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
@@ -83,8 +87,12 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step: a whole record, and every file of its recorded size."""
-    complete = (path for path in reversed(_checkpoints(folder)) if _is_complete(path))
-    return next(complete, None)
+    return next(complete_checkpoints(folder), None)
+
+
+def complete_checkpoints(folder: Path) -> Iterator[Path]:
+    """Newest first."""
+    return (path for path in reversed(_checkpoints(folder)) if _is_complete(path))
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -116,9 +124,10 @@ def _write_tensors(
     try:
         for name, tensors in weights.items():
             safetensors.torch.save_file(tensors, folder / name)
-        torch.save(optimizer_state, folder / OPTIMIZER)
+        with (folder / OPTIMIZER).open("wb") as file:  # given the path, torch hides the system's own error
+            torch.save(optimizer_state, file)
     except (SafetensorError, RuntimeError) as error:  # so the two libraries report a full disk
-        raise OSError(f"{folder}: {str(error).splitlines()[0]}") from error
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _plain(what: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

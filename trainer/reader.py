@@ -111,7 +111,12 @@ class TargetReader:
         return sha256(canonical_json(identity)).hexdigest()
 
     def order(self, seed: int, block_rows: int, window_blocks: int) -> ViewOrder:
-        """The order of these views; its indices are this reader's, not rows."""
+        """The order of these views; its indices are this reader's, not rows. UserError if there are none."""
+        if not len(self):
+            raise UserError(
+                f"data.train: no view has features from {', '.join(self.teachers)} in store "
+                f"{self.store.url!r}; look for their invalid rows with `rebroadcast inspect`"
+            )
         return ViewOrder([len(rows) for rows in self._rows], seed, block_rows, window_blocks)
 
     def batches(

@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from storage_schemas.errors import UserError
-from trainer.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from storage_schemas.errors import DataDamage, UserError
+from trainer.checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from trainer.config import TrainConfig, require_same_run
 from trainer.distillation import Distillation
 from trainer.distributed import World, barrier
@@ -88,7 +94,12 @@ class Run:
 
     def restore(self, newest: Path, model: Distillation, optimizer: torch.optim.Optimizer) -> int:
         """Load a checkpoint; the step to go on from. UserError if it is of another run."""
-        checkpoint = load_checkpoint(newest)
+        try:
+            checkpoint = load_checkpoint(newest)
+        except DataDamage as error:
+            older = next((path.name for path in complete_checkpoints(self.folder) if path != newest), None)
+            remedy = f"--resume then takes {older}" if older else "there is no older one"
+            raise DataDamage(f"{error}; delete {newest}: {remedy}") from error
         self._require_same(checkpoint, newest, model)
         model.student.load_state_dict(checkpoint.student)
         model.adaptors.load_state_dict(checkpoint.adaptors)

@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"checkpoint {tmp_path}.*: disk full: .*No space left"):
         save_checkpoint(tmp_path, 1, **_state(2), keep=1)
     assert list(tmp_path.iterdir()) == [older]
     assert _holds(older, 1)

@@ -257,3 +257,14 @@ def test_the_digest_changes_with_what_is_read(recorded: Any, own_copy: Any) -> N
     assert open_reader(recorded, teachers=["cnn"]).digest() != digest
     one = TargetReader(recorded.store, recorded.sources("train-0"), ("cnn", "vit"), SIZE)
     assert one.digest() != digest
+
+
+def test_an_order_of_no_views_names_teachers_and_store(
+    recorded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = TargetReader(recorded.store, recorded.sources(), ["cnn", "vit"], (32, 32))
+    monkeypatch.setattr(reader, "_rows", [])
+    with pytest.raises(
+        UserError, match=r"data\.train: no view has features from cnn, vit in store '.*store'"
+    ):
+        reader.order(0, 4, 3)

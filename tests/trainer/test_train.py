@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from pipeline.recorder import Recorder
 from pipeline.teachers import create_teacher
-from storage_schemas.errors import UserError
+from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
 from trainer.checkpoint import load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
@@ -210,6 +211,17 @@ def test_a_folder_is_written_to_by_one_run_at_a_time(recorded: Any, tmp_path: Pa
             train(recipe, resume=True)
 
     assert train(recipe, on_metrics=again) == train(recipe, resume=True)
+
+
+def test_of_a_damaged_checkpoint_the_older_one_is_named(recorded: Any, tmp_path: Path) -> None:
+    recipe = recorded.recipe(tmp_path, steps=4)
+    newest = train(recipe)
+    weights = newest / "student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataDamage, match=r"digest .*; delete .*step-00000004: --resume then .*step-00000002"):
+        train(recipe, resume=True)
+    shutil.rmtree(newest)
+    assert train(recipe, resume=True) == newest
 
 
 # Ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,7 +63,7 @@ class Student(nn.Module):
         self.summary_dim = backbone.summary_dim
         self.spatial_dim = backbone.spatial_dim
         mean = _channels("pixel_mean", pixel_mean or backbone.pixel_mean)
-        std = _channels("pixel_std", pixel_std or backbone.pixel_std)
+        std = _channels("pixel_std", pixel_std or backbone.pixel_std, above=0)
         self.register_buffer("pixel_mean", mean)
         self.register_buffer("pixel_std", std)
 
@@ -74,7 +75,12 @@ class Student(nn.Module):
         return self.backbone((images - self.pixel_mean) / self.pixel_std)
 
 
-def _channels(name: str, values: Sequence[float]) -> Tensor:
-    if len(values) != 3:
-        raise UserError(f"{name} {list(values)} must hold three numbers, one a channel")
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+def _channels(name: str, values: Sequence[float], above: float = -math.inf) -> Tensor:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3 or not all(above < number < math.inf for number in numbers):
+        bound = f" above {above:g}" if above > -math.inf else ""
+        raise UserError(f"student.{name}: {values!r} must hold three finite numbers{bound}, one a channel")
+    return torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1)

@@ -66,9 +66,21 @@ def create_student(
     """The student `name` with random weights, unless a setting such as timm's `pretrained` says otherwise.
 
     resolution: height and width that will be seen; models of timm that have one size are made for it.
-    `settings` are the builder's own. UserError for a name or a setting that does not exist.
+    `settings` are the builder's own. UserError for a name or a setting that does not exist, and for values
+    that it cannot be built with.
     """
-    return Student(_builder(name, resolution, settings)(**settings), pixel_mean, pixel_std)
+    builder = _builder(name, resolution, settings)
+    try:
+        backbone = builder(**settings)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"student.{setting}={value!r}" for setting, value in settings.items())
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"student {name!r} cannot be built with {given or 'its defaults'}: {reason}"
+        ) from error
+    return Student(backbone, pixel_mean, pixel_std)
 
 
 def _builder(

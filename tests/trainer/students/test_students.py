@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +123,25 @@ def test_unknown_names_get_the_closest_ones() -> None:
 def test_unknown_settings_are_named(name: str) -> None:
     with pytest.raises(UserError, match="does not take the setting 'colour'"):
         create_student(name, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("radio_vit_ti16", "depth", "two"),
+        ("timm/test_vit", "img_size", "abc"),
+        ("radio_vit_ti16", "pixel_mean", "abc"),
+        ("radio_vit_ti16", "pixel_mean", [0.5, 0.5, "x"]),
+        ("radio_vit_ti16", "pixel_std", [0.5, 0.5]),
+        ("radio_vit_ti16", "pixel_std", 3),
+        ("radio_vit_ti16", "pixel_mean", [0.5, 0.5, float("nan")]),
+        ("radio_vit_ti16", "pixel_std", [0.5, 0.5, 0]),
+        ("radio_vit_ti16", "pixel_std", [0.5, 0.5, float("inf")]),
+    ],
+)
+def test_wrong_values_are_named(name: str, setting: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"student.*{setting}[:=].*{re.escape(str(value)[1:-1])}"):
+        create_student(name, **{setting: value})
 
 
 def test_impossible_settings_are_named() -> None:
