@@ -146,7 +146,7 @@ def plan(
     overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """What recording will cost, before it starts; exit 1 if the free space does not suffice."""
+    """What recording will cost, before it starts; exit 1 for too little space or a damaged tar."""
     from pipeline.config import ExtractConfig
     from pipeline.plan import make_plan
 
@@ -164,14 +164,17 @@ def plan(
         _print_facts(
             {
                 "source shards": f"{made.shards:,}",
-                "rows": f"{made.rows:,}" + ("" if made.exact else " (estimated from a sample of the shards)"),
+                "rows": f"{made.rows:,}"
+                + ("" if made.exact else " (estimated from the shards that were read)"),
                 "bytes": f"{made.bytes:,}",
                 "free": "no limit known" if made.free_bytes is None else f"{made.free_bytes:,}",
                 "hours": f"{made.hours:.2f}" if made.hours is not None else "unknown: give --rate or --trial",
                 "space": "suffices" if made.fits else "does not suffice: `extract` will refuse to start",
             }
         )
-    if not made.fits:
+    for line in made.damaged:
+        _complain(f"damaged: {line}")
+    if made.damaged or not made.fits:
         raise typer.Exit(1)
 
 
@@ -327,8 +330,13 @@ def verify(
     from storage_schemas.store import FeatureStore
 
     opened = FeatureStore.open(store)
-    commits = [(teacher, shard) for teacher in opened.teachers() for shard in opened.shards(teacher)]
+    commits: list[tuple[str, str]] = []
     problems: list[str] = []
+    for teacher in opened.teachers():
+        try:
+            commits += [(teacher, shard) for shard in opened.shards(teacher)]
+        except (DataDamage, UserError) as error:
+            problems.append(str(error))
     with _progress("verifying", "parts") as (advance, start):
         start(len(commits))
         for teacher, shard in commits:
@@ -337,6 +345,7 @@ def verify(
     if deep and not problems:
         for teacher in opened.teachers():
             problems += verify_deep(opened, teacher, sample)
+    problems = list(dict.fromkeys(problems))
     for problem in problems:
         out.print(problem, highlight=False, markup=False)
     checked = f"{len(commits)} parts of {len(opened.teachers())} teachers"

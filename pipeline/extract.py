@@ -11,13 +11,18 @@ from pipeline.config import ExtractConfig
 from pipeline.executors import OnViews, Task, prepare
 from pipeline.plan import Plan, require_space
 from pipeline.recorder import Receipt
+from storage_schemas.commits import merge_fidelity
 from storage_schemas.manifest import TeacherSpec
 from storage_schemas.store import FeatureStore
 
 
 @dataclass
 class ExtractReport:
-    """What a run of `extract` did. `failed` maps a shard to why; `statuses` counts views by ViewStatus."""
+    """What a run of `extract` did. `failed` maps a shard to why; `statuses` counts views by ViewStatus.
+
+    valid, invalid: rows with and without features, by teacher. fidelity: of a lossy codec, over the valid
+    rows.
+    """
 
     shards: int = 0
     already_done: int = 0
@@ -26,6 +31,7 @@ class ExtractReport:
     bytes: int = 0
     seconds: float = 0.0
     statuses: dict[str, int] = field(default_factory=dict)
+    valid: dict[str, int] = field(default_factory=dict)
     invalid: dict[str, int] = field(default_factory=dict)
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -40,16 +46,21 @@ class ExtractReport:
         if receipt.error:
             self.failed[receipt.shard] = receipt.error
             return
-        self.recorded += bool(receipt.committed)
-        self.already_done += not receipt.committed  # by another driver, while this one ran
+        if not receipt.committed:  # another driver was faster
+            self.already_done += 1
+            return
+        self.recorded += 1
         self.views += receipt.views
         self.bytes += receipt.bytes
         for total, counts in ((self.statuses, receipt.statuses), (self.invalid, receipt.invalid)):
             for name, count in counts.items():
                 total[name] = total.get(name, 0) + count
-        for teacher, fidelity in receipt.fidelity.items():
-            old = self.fidelity.get(teacher, fidelity)
-            self.fidelity[teacher] = {name: min(old[name], value) for name, value in fidelity.items()}
+        for teacher, invalid in receipt.invalid.items():
+            before, rows = self.valid.get(teacher, 0), receipt.views - invalid
+            self.valid[teacher] = before + rows
+            parts = [(before, self.fidelity.get(teacher, {})), (rows, receipt.fidelity.get(teacher, {}))]
+            if fidelity := merge_fidelity(parts):
+                self.fidelity[teacher] = fidelity
 
 
 def extract(
@@ -97,4 +108,13 @@ def _find_committed(config: ExtractConfig, specs: list[TeacherSpec]) -> dict[str
     store = FeatureStore.open(config.store.url)
     store.require(config.store.manifest(), specs)
     there = set(store.teachers())
-    return {spec.name: set(store.shards(spec.name)) if spec.name in there else set() for spec in specs}
+    return {spec.name: _read_commits(store, spec.name) if spec.name in there else set() for spec in specs}
+
+
+def _read_commits(store: FeatureStore, teacher: str) -> set[str]:
+    """Names of a teacher's shards; DataDamage names a local commit that a power loss has emptied or cut."""
+    shards = store.shards(teacher)
+    if store.objects.root is not None:
+        for shard in shards:
+            store.commit(teacher, shard)
+    return set(shards)

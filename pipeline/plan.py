@@ -45,6 +45,7 @@ class Plan:
     """`rows` is exact if all shards were counted. `free_bytes` is None where the store has no such limit.
 
     images_per_second: views through all the teachers, as the user or a trial says; None if neither did.
+    damaged: what is wrong with those of the tars counted that are.
     """
 
     shards: int
@@ -53,6 +54,7 @@ class Plan:
     teachers: tuple[TeacherCost, ...]
     free_bytes: int | None
     images_per_second: float | None = None
+    damaged: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -81,13 +83,13 @@ def make_plan(config: ExtractConfig, images_per_second: float | None = None, tri
         images_per_second = _trial(
             next(iter(sources.values())), load_teachers(config), manifest, config.extract.batch_size, trial
         )
-    counted = _count_rows(sources, manifest)
+    counted, damaged = _count_rows(sources, manifest)
     outlines = [
         outline_teacher(entry.family, entry.model, name=name, **entry.settings)
         for name, entry in config.teachers.items()
     ]
     costs = tuple(_cost(teacher.spec, counted, len(sources), _gflops(teacher)) for teacher in outlines)
-    return _plan(config, counted, len(sources), costs, images_per_second)
+    return _plan(config, counted, damaged, len(sources), costs, images_per_second)
 
 
 def require_space(
@@ -99,10 +101,10 @@ def require_space(
     """The plan of what is missing; UserError with both figures if the store's file system has not the room
     for it.
     """
-    counted = _count_rows(sources, config.store.manifest())
+    counted, damaged = _count_rows(sources, config.store.manifest())
     missing = {spec.name: sum(name not in committed[spec.name] for name in sources) for spec in specs}
     costs = tuple(_cost(spec, counted, missing[spec.name]) for spec in specs)
-    plan = _plan(config, counted, len(sources), costs)
+    plan = _plan(config, counted, damaged, len(sources), costs)
     if not plan.fits:
         raise UserError(
             f"store.url: {config.store.url!r} has {plan.free_bytes:,} bytes free, recording needs about "
@@ -114,35 +116,40 @@ def require_space(
 def _plan(
     config: ExtractConfig,
     counted: Sequence[int],
+    damaged: Sequence[str],
     shards: int,
     costs: tuple[TeacherCost, ...],
     images_per_second: float | None = None,
 ) -> Plan:
     free = open_objects(config.store.url, create=True, field="store.url").free_bytes()
     rows = round(mean(counted) * shards)
-    return Plan(shards, rows, len(counted) == shards, costs, free, images_per_second)
+    exact = len(counted) == shards and not damaged
+    return Plan(shards, rows, exact, costs, free, images_per_second, tuple(damaged))
 
 
-def _count_rows(sources: Mapping[str, str], manifest: StoreManifest) -> list[int]:
-    """Rows of each of some shards, evenly spread, or of all; none of one that is damaged."""
+def _count_rows(sources: Mapping[str, str], manifest: StoreManifest) -> tuple[list[int], list[str]]:
+    """Rows of each of some shards, evenly spread, or of all; and a line for each of them that is damaged,
+    which has none.
+    """
     step = max(1, len(sources) // COUNTED_SHARDS)
     rows: list[int] = []
+    damaged: list[str] = []
     nbytes = 0
     for name, url in islice(sources.items(), 0, None, step):
         if nbytes < COUNTED_BYTES:
-            count, size = _count_images(name, url)
+            try:
+                count, size = _count_images(name, url)
+            except DataDamage as error:
+                count, size = 0, 0
+                damaged.append(str(error))
             rows.append(count * manifest.views_per_image)
             nbytes += size
-    return rows
+    return rows, damaged
 
 
 def _count_images(name: str, url: str) -> tuple[int, int]:
-    """Images and bytes; nothing of a damaged tar, which recording will list."""
-    try:
-        with local_file(url) as path:
-            index = index_tar(path, name)
-    except DataDamage:
-        return 0, 0
+    with local_file(url) as path:
+        index = index_tar(path, name)
     return len(index.samples), index.size
 
 

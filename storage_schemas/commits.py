@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Self
 
@@ -74,6 +75,15 @@ class Commit(Frozen):
     def bytes(self) -> int:
         """Bytes of all the objects of the part."""
         return sum(entry.size for entry in self.objects)
+
+
+def merge_fidelity(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Of several parts, given their valid rows and their fidelities; empty if none has one."""
+    known = [(rows, part) for rows, part in parts if rows and part.keys() >= {"cosine_mean", "cosine_min"}]
+    if not known:
+        return {}
+    mean = sum(rows * part["cosine_mean"] for rows, part in known) / sum(rows for rows, _ in known)
+    return {"cosine_mean": mean, "cosine_min": min(part["cosine_min"] for _, part in known)}
 
 
 def write_commit(objects: Objects, path: str, commit: Commit) -> bool:

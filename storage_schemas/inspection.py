@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from storage_schemas.commits import merge_fidelity
 from storage_schemas.store import FeatureStore
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSummary:
-    """Of one teacher: its spec, and sums over its committed shards. `fidelity` is the worst of them."""
+    """Of one teacher: its spec, and sums over its committed shards. `fidelity` is over all of them."""
 
     name: str
     spec: dict[str, Any]
@@ -58,10 +59,6 @@ def inspect_store(store: FeatureStore) -> StoreSummary:
 
 def _summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
     commits = [store.commit(teacher, shard) for shard in store.shards(teacher)]
-    worst = {
-        name: min(commit.fidelity[name] for commit in commits if name in commit.fidelity)
-        for name in {name for commit in commits for name in commit.fidelity}
-    }
     return TeacherSummary(
         name=teacher,
         spec=store.spec(teacher).model_dump(mode="json"),
@@ -69,5 +66,5 @@ def _summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
         rows=sum(commit.rows for commit in commits),
         invalid_rows=sum(len(commit.invalid_rows) for commit in commits),
         bytes=sum(commit.bytes for commit in commits),
-        fidelity=worst,
+        fidelity=merge_fidelity([(commit.valid_rows, commit.fidelity) for commit in commits]),
     )

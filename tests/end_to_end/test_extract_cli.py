@@ -158,6 +158,23 @@ def test_gc_removes_what_does_not_count(folder: Path) -> None:
     assert run("verify", folder / "store").exit_code == 0
 
 
+def test_verify_goes_on_past_a_teacher_that_cannot_be_read(folder: Path) -> None:
+    run("extract", folder / "recipe.yaml")
+    (folder / "store/teachers/one/spec.json").write_bytes(b"{")
+    (folder / "store/views/s1.parquet").unlink()
+    result = run("verify", folder / "store")
+    assert result.exit_code == 1
+    assert result.stdout.count("teachers/one/spec.json") == 1
+    assert "shard: 's1' has no view table" in result.stdout
+
+
+def test_a_plan_over_a_damaged_tar_names_it(folder: Path) -> None:
+    (folder / "shards/s1.tar").write_bytes(b"no tar" * 1000)
+    result = run("plan", folder / "recipe.yaml", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["exact"]) == (1, False)
+    assert result.stderr.startswith("damaged: shard 's1', byte ")
+
+
 def test_deep_verification_runs_the_teachers_again(folder: Path) -> None:
     real = {"family": "timm", "model": "test_efficientnet", "weights": "random", "seed": 3, "resolution": 64}
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

@@ -11,10 +11,10 @@ import pytest
 import pipeline.executors
 import pipeline.plan
 from pipeline.config import ExtractConfig
-from pipeline.extract import extract
-from pipeline.recorder import Recorder
+from pipeline.extract import ExtractReport, extract
+from pipeline.recorder import Receipt, Recorder
 from pipeline.teachers import FAMILIES
-from storage_schemas.errors import UserError
+from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.objects import Objects, StorageError, open_objects
 from storage_schemas.store import FeatureStore
 from tests.recording import (
@@ -111,6 +111,41 @@ def test_a_damaged_tar_fails_by_name_and_the_others_go_on(
     assert not [path for path, _ in store.objects.walk() if "s1" in path]
     assert not list((tmp_path / "store").rglob("*s1*"))
     assert problems(store) == []
+
+
+def test_a_plan_lists_the_damaged_tars_and_is_not_exact(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path)
+    config = make_config(tmp_path)
+    whole = pipeline.plan.make_plan(config)
+    assert (whole.rows, whole.exact, whole.damaged) == (18, True, ())
+    flip_a_header(paths[1])
+    plan = pipeline.plan.make_plan(config)
+    assert (plan.exact, len(plan.damaged)) == (False, 1)
+    assert "shard 's1'" in plan.damaged[0]
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_commit_that_a_power_loss_has_cut_is_not_taken_for_done(tmp_path: Path, size: int) -> None:
+    make_shards(tmp_path)
+    config = make_config(tmp_path)
+    extract(config)
+    os.truncate(tmp_path / "store/teachers/two/commits/s1.json", size)
+    with pytest.raises(DataDamage, match=r"commit .*/teachers/two/commits/s1\.json"):
+        extract(config)
+
+
+def test_a_report_has_the_mean_fidelity_over_all_rows() -> None:
+    report = ExtractReport()
+    for number, (views, mean, least) in enumerate([(9, 0.9, 0.5), (3, 0.5, 0.4), (5, 0.7, 0.6)]):
+        fidelity = {"cosine_mean": mean, "cosine_min": least}
+        receipt = Receipt(f"s{number}", ("a", "b"), views, invalid={"a": 1, "b": 0}, fidelity={"a": fidelity})
+        report.add(receipt)
+    report.add(Receipt("late", (), views=100, bytes=7, statuses={"ok": 100}))
+    assert report.fidelity.keys() == {"a"}
+    assert report.fidelity["a"]["cosine_mean"] == pytest.approx((8 * 0.9 + 2 * 0.5 + 4 * 0.7) / 14)
+    assert report.fidelity["a"]["cosine_min"] == 0.4
+    assert (report.valid, report.views, report.bytes) == ({"a": 14, "b": 17}, 17, 0)
+    assert (report.statuses, report.recorded, report.already_done) == ({}, 3, 1)
 
 
 def test_when_every_tar_is_damaged_all_are_listed(tmp_path: Path) -> None:
