@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
 from storage_schemas.errors import UserError
 from storage_schemas.manifest import TEACHER_NAME, Frozen, Positive
 from storage_schemas.objects import expand_shards
 from storage_schemas.recipe import DataConfig, StoreConfig, parse
+
+Share = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class TeacherConfig(Frozen, extra="allow"):
@@ -45,8 +47,8 @@ class RecordingConfig(Frozen):
     executor: Literal["auto", "inline", "ray"] = "auto"
     workers: Positive = 1
     ray_address: str | None = None
-    actor_cpus: NonNegativeFloat = 1
-    actor_gpus: NonNegativeFloat = 0
+    actor_cpus: Share = 1
+    actor_gpus: Share = 0
     device: str = "auto"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class CropPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["random_resized", "center", "whole"] = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[FiniteFloat, FiniteFloat] = (0.08, 1.0)
+    ratio: tuple[FiniteFloat, FiniteFloat] = (3 / 4, 4 / 3)
     hflip: float = Field(0.5, ge=0, le=1)
     first_view: Literal["center", "whole"] | None = None
 

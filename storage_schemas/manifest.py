@@ -6,7 +6,7 @@ import json
 from hashlib import sha256
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from storage_schemas.crops import CropPolicy
 from storage_schemas.errors import UserError
@@ -18,7 +18,16 @@ PIXELS = "torchvision-rgb/bicubic-antialias-uint8/1"
 
 TEACHER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not yes or no")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Positive = Annotated[Integer, Field(gt=0)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
 
 
 class Frozen(BaseModel):
@@ -86,8 +95,8 @@ class StoreManifest(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     crops: CropPolicy = CropPolicy()
-    views_per_image: int = Field(1, ge=1, le=10_000)
-    seed: int = Field(0, ge=0, lt=2**63)
+    views_per_image: Integer = Field(1, ge=1, le=10_000)
+    seed: Seed = 0
     max_pixels: Positive = 2**26
 
 

@@ -12,23 +12,24 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from storage_schemas.crops import CropPolicy
 from storage_schemas.errors import UserError
-from storage_schemas.manifest import Frozen, Positive, StoreManifest
+from storage_schemas.manifest import Frozen, Integer, Positive, Seed, StoreManifest
 
 SECTIONS = ("store", "data", "teachers", "extract", "student", "training", "evaluation")
 
 Model = TypeVar("Model", bound=BaseModel)
+Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+    tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 ]
 
 
 class StoreConfig(Frozen):
     """Section `store`: where it is, and what its rows have in common."""
 
-    url: str
+    url: Text
     crops: CropPolicy = CropPolicy()
-    views_per_image: int = Field(1, ge=1, le=10_000)
-    seed: int = Field(0, ge=0, lt=2**63)
+    views_per_image: Integer = Field(1, ge=1, le=10_000)
+    seed: Seed = 0
     max_pixels: Positive = 2**26
 
     def manifest(self) -> StoreManifest:
@@ -39,7 +40,7 @@ class StoreConfig(Frozen):
 class DataConfig(Frozen):
     """Section `data`: source shards, as URLs with globs and braces. `held_out` is never trained on."""
 
-    train: Patterns
+    train: Patterns = Field(min_length=1)
     held_out: Patterns = ()
 
 

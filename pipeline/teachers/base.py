@@ -11,22 +11,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import nn
 
 from pipeline.teachers.weights import OUTLINE, first_line, load_network
 from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
-from storage_schemas.manifest import TEACHER_NAME, Frozen, PatchGrid, Positive, TeacherSpec
+from storage_schemas.manifest import TEACHER_NAME, Frozen, PatchGrid, Positive, Seed, TeacherSpec
 
 __all__ = ["Design", "FrozenTeacher", "Teacher", "TeacherOutput", "TeacherSettings", "assemble"]
 
 _MISFITS = (RuntimeError, AssertionError, ValueError, NotImplementedError)
 
 Triple = tuple[float, float, float]
+Spread = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class Teacher(Protocol):
@@ -51,10 +52,10 @@ class TeacherSettings(Frozen):
 
     name: str | None = Field(None, pattern=TEACHER_NAME)
     resolution: Positive | tuple[Positive, Positive] | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     blocks: Positive | None = None
-    pixel_mean: Triple | None = None
-    pixel_std: Triple | None = None
+    pixel_mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+    pixel_std: tuple[Spread, Spread, Spread] | None = None
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     codec: Literal["fp16", "int8"] = "fp16"
     compile: bool = False
@@ -191,7 +192,10 @@ def keep_blocks(model: str, owner: Any, name: str, count: int | None) -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """The named device; `auto` is a GPU if there is one."""
+    """The named device; `auto` is a GPU if there is one. UserError for one that is unknown or not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {device!r} cannot be used here: {first_line(error)}") from error

@@ -108,7 +108,10 @@ def test_an_image_too_thin_for_the_ratio_gets_the_largest_central_crop() -> None
         ("scale", (0.0, 1.0)),
         ("scale", (0.5, 1.5)),
         ("ratio", (2.0, 1.0)),
+        ("ratio", (0.5, float("inf"))),
+        ("scale", (float("nan"), 1.0)),
         ("hflip", 1.5),
+        ("hflip", float("nan")),
     ],
 )
 def test_wrong_bounds_are_refused(field: str, value: object) -> None:

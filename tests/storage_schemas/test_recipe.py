@@ -72,12 +72,22 @@ def test_nonsense_overrides_are_refused_in_one_line(override: str) -> None:
         ({"url": "x", "views_per_image": 0}, "store.views_per_image: 0: "),
         ({"url": "x", "seed": "one"}, "store.seed: 'one': "),
         ({"url": 3}, "store.url: 3: "),
+        ({"url": ""}, "store.url: '': "),
+        ({"url": "x", "max_pixels": True}, "store.max_pixels: True: .*a number is wanted"),
+        ({"url": "x", "seed": False}, "store.seed: False: .*a number is wanted"),
+        ({"url": "x", "seed": 2**63}, "store.seed: "),
         (3, "store: 3: "),
     ],
 )
 def test_a_field_that_does_not_hold_is_named_with_its_value(value: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(StoreConfig, value, "store")
+
+
+@pytest.mark.parametrize("value", [{"train": []}, {"train": ""}, {"train": "a", "held_out": [""]}])
+def test_empty_patterns_are_refused(value: object) -> None:
+    with pytest.raises(UserError, match=r"^data\.(train|held_out)"):
+        parse(DataConfig, value, "data")
 
 
 def test_one_pattern_is_a_list_of_one() -> None:
