@@ -1,6 +1,7 @@
 """The command line: each command parses, calls one function, and prints.
 
 Exit 0: done. 1: it ran, but something failed and is listed. 2: wrong input, with one line that names it.
+130: interrupted.
 Results go to standard output, progress and errors to standard error.
 """
 
@@ -28,7 +29,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.recipe import read_recipe
@@ -59,6 +60,7 @@ StoreUrl = Annotated[
 ]
 
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+RANK_0_SECONDS = 3.0  # that other ranks of torchrun leave to rank 0, to say what all of them met
 
 
 def command(group: typer.Typer) -> Callable[[Function], Function]:
@@ -70,12 +72,16 @@ def command(group: typer.Typer) -> Callable[[Function], Function]:
             try:
                 function(*args, **kwargs)
             except UserError as error:
-                _complain(f"error: {error}")
+                _complain_first(f"error: {error}")
                 raise typer.Exit(2) from None
             except (DataDamage, OSError) as error:
                 kind = "damaged" if isinstance(error, DataDamage) else "error"
-                _complain(f"{kind}: {error}")
+                _complain_first(f"{kind}: {error}")
                 raise typer.Exit(1) from None
+            except KeyboardInterrupt:
+                again = "again with --resume" if function.__name__ == "train" else "again"
+                _complain_first(f"interrupted: run it {again} to go on")
+                raise typer.Exit(130) from None
 
         group.command(name=function.__name__)(run)
         return function
@@ -201,7 +207,7 @@ def teachers(
         out.print_json(json.dumps(rows))
         return
     columns = ("name", "family", "model", "weights", "at hand", "pixels", "grid", "summary", "bytes a view")
-    table = Table(*columns)
+    table = _table(*columns)
     for found in listed:
         row = [found.name, found.entry.family, found.entry.model, found.entry.weights]
         row.append("yes" if found.at_hand else "no")
@@ -362,7 +368,7 @@ def students(
     """Students at 224 pixels: parameters, GFLOPs (two a multiply-add), grid. Others of timm are timm/NAME."""
     from trainer.catalogue import describe, described_students
 
-    table = Table("name", "parameters", "GFLOPs", "grid", *(["images/s"] if measure else []))
+    table = _table("name", "parameters", "GFLOPs", "grid", *(["images/s"] if measure else []))
     rows = []
     for name in described_students():
         found = describe(name, measure)
@@ -533,10 +539,15 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*head)
+    table = _table(*head)
     for row in rows:
         table.add_row(*map(escape, row))
     out.print(table, highlight=False)
+
+
+def _table(*head: str) -> Table:
+    """An empty table. Where the terminal is too narrow, figures go on in the next line: none is cut."""
+    return Table(*(Column(name, overflow="fold") for name in head))
 
 
 def _print_json(value: object) -> None:
@@ -545,6 +556,13 @@ def _print_json(value: object) -> None:
 
 def _complain(line: str) -> None:
     err.print(line, style="red", highlight=False, markup=False)
+
+
+def _complain_first(line: str) -> None:
+    """Rank 0 speaks first, and torchrun then ends the others; what they alone met, they still say."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(RANK_0_SECONDS)
+    _complain(line)
 
 
 if __name__ == "__main__":

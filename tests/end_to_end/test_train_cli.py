@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
@@ -246,6 +248,41 @@ def test_damage_is_exit_1(project: Project, tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert_refused(run("eval", "knn", tmp_path / "step-00000004"), "student.safetensors has digest", code=1)
+
+
+def test_an_interruption_is_one_line_and_exit_130(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.train.train", interrupted)
+    monkeypatch.setattr("storage_schemas.inspection.inspect_store", interrupted)
+    assert_refused(run("train", project.recipe), "interrupted: run it again with --resume to go on", code=130)
+    assert_refused(run("inspect", project.folder / "store"), "interrupted: run it again to go on", code=130)
+
+
+def test_a_narrow_terminal_cuts_no_figure(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "out", Console(width=60))
+    shown = succeed("inspect", project.folder / "store")
+    assert "…" not in shown
+
+
+def test_under_torchrun_an_error_is_said_once(project: Project) -> None:
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "cli",
+        "train",
+        str(project.recipe),
+        "--set",
+        "training.steps=0",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert done.stderr.count("error: recipe.training.steps: 0") == 1, done.stderr
 
 
 def test_help_needs_no_torch() -> None:
