@@ -127,6 +127,9 @@ def _write_tensors(
         with (folder / OPTIMIZER).open("wb") as file:  # given the path, torch hides the system's own error
             torch.save(optimizer_state, file)
     except (SafetensorError, RuntimeError) as error:  # so the two libraries report a full disk
+        hidden = error.__context__  # torch complains of what the failed write left undone
+        if isinstance(hidden, OSError | KeyboardInterrupt):
+            raise hidden from None
         raise OSError(str(error).splitlines()[0]) from error
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_a_full_disk_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.Mo
         save_checkpoint(tmp_path, 1, **_state(2), keep=1)
     assert list(tmp_path.iterdir()) == [older]
     assert _holds(older, 1)
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_stopped_torch_within_a_write_is_what_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: BaseException
+) -> None:
+    save = torch.save
+
+    class Stopping(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 100:
+                raise cause
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint.torch, "save", lambda state, _: save(state, Stopping()))
+    with pytest.raises((OSError, KeyboardInterrupt)) as raised:
+        save_checkpoint(tmp_path, 1, **_state(1))
+    assert cause in (raised.value, raised.value.__cause__)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_share_memory_are_named(tmp_path: Path) -> None:
