@@ -203,11 +203,10 @@ def teachers(
         }
     listed = list_teachers(entries)
     if as_json:
-        rows = [{**asdict(found), "spec": found.spec and found.spec.model_dump()} for found in listed]
-        out.print_json(json.dumps(rows))
+        _print_json([{**asdict(found), "spec": found.spec and found.spec.model_dump()} for found in listed])
         return
     columns = ("name", "family", "model", "weights", "at hand", "pixels", "grid", "summary", "bytes a view")
-    table = _table(*columns)
+    rows = []
     for found in listed:
         row = [found.name, found.entry.family, found.entry.model, found.entry.weights]
         row.append("yes" if found.at_hand else "no")
@@ -215,8 +214,8 @@ def teachers(
             spec = found.spec
             row += [f"{spec.height}×{spec.width}", f"{spec.grid.height}×{spec.grid.width}×{spec.spatial_dim}"]
             row += [f"{spec.summary} {spec.summary_dim}", f"{spec.row_bytes:,}"]
-        table.add_row(*row)
-    out.print(table)
+        rows.append(row)
+    _print_table(columns, rows)
     _print_facts({found.name: found.problem for found in listed if found.problem})
 
 
@@ -368,17 +367,15 @@ def students(
     """Students at 224 pixels: parameters, GFLOPs (two a multiply-add), grid. Others of timm are timm/NAME."""
     from trainer.catalogue import describe, described_students
 
-    table = _table("name", "parameters", "GFLOPs", "grid", *(["images/s"] if measure else []))
-    rows = []
-    for name in described_students():
-        found = describe(name, measure)
-        rows.append(asdict(found))
-        cells = [f"{found.parameters:,}", f"{found.gflops:.1f}", "×".join(map(str, found.grid))]
-        table.add_row(name, *cells, *([f"{found.images_per_second:.2f}"] if measure else []))
+    listed = [describe(name, measure) for name in described_students()]
     if as_json:
-        out.print_json(json.dumps(rows))
-    else:
-        out.print(table)
+        _print_json([asdict(found) for found in listed])
+        return
+    rows = []
+    for found in listed:
+        row = [found.name, f"{found.parameters:,}", f"{found.gflops:.1f}", "×".join(map(str, found.grid))]
+        rows.append([*row, *([f"{found.images_per_second:.2f}"] if measure else [])])
+    _print_table(("name", "parameters", "GFLOPs", "grid", *(["images/s"] if measure else [])), rows)
 
 
 @command(app)
@@ -539,15 +536,11 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = _table(*head)
+    """Where the terminal is too narrow, figures go on in the next line: none is cut."""
+    table = Table(*(Column(name, overflow="fold") for name in head))
     for row in rows:
         table.add_row(*map(escape, row))
     out.print(table, highlight=False)
-
-
-def _table(*head: str) -> Table:
-    """An empty table. Where the terminal is too narrow, figures go on in the next line: none is cut."""
-    return Table(*(Column(name, overflow="fold") for name in head))
 
 
 def _print_json(value: object) -> None:
