@@ -1,7 +1,8 @@
 """Checkpoints: a folder that is either whole or not there.
 
-`step-00000100/` holds the student's and the adaptors' weights (safetensors), the optimiser's state (torch,
-loaded with `weights_only`), and `checkpoint.json`: step, meta, and the size and digest of every other file.
+`step-00000100/` holds the student's and the adaptors' weights, and where there are any the balancing's and
+the averaged ones (safetensors), the optimiser's state (torch, loaded with `weights_only`), and
+`checkpoint.json`: step, meta, and the size and digest of every other file.
 All is written and synced in a hidden sibling folder, then renamed. No random state is kept: whoever trains
 derives it from (seed, step, rank).
 
@@ -32,6 +33,7 @@ from storage_schemas.manifest import canonical_json
 
 RECORD = "checkpoint.json"
 STUDENT, ADAPTORS, OPTIMIZER = "student.safetensors", "adaptors.safetensors", "optimizer.pt"
+WEIGHTS = ".safetensors"
 
 # The `~` marks a checkpoint that another of the same step is about to replace; until then it counts.
 FOLDER = re.compile(r"step-(\d{8,})(~?)")
@@ -40,27 +42,52 @@ TEMPORARY = ".step-"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was saved: state dicts on the CPU, and whatever `meta` the trainer gave (position, recipe...)."""
+    """What was saved: state dicts on the CPU, and whatever `meta` the trainer gave (position, recipe...).
+
+    `weights` by name: student, adaptors, and where there are any balancing and ema.
+    """
 
     step: int
-    student: dict[str, Tensor]
-    adaptors: dict[str, Tensor]
+    weights: dict[str, dict[str, Tensor]]
     optimizer_state: dict[str, Any]
     meta: dict[str, Any]
+
+    @property
+    def student(self) -> dict[str, Tensor]:
+        """As training goes on from it."""
+        return self.weights["student"]
+
+    @property
+    def adaptors(self) -> dict[str, Tensor]:
+        """As training goes on from them."""
+        return self.weights["adaptors"]
+
+    def evaluated(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's and the adaptors' weights to be used: the averaged ones, if the run averages them."""
+        if "ema" not in self.weights:
+            return self.student, self.adaptors
+        student, adaptors = (
+            {
+                key.removeprefix(f"{name}."): value
+                for key, value in self.weights["ema"].items()
+                if key.startswith(f"{name}.")
+            }
+            for name in ("student", "adaptors")
+        )
+        return student, adaptors
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    student: Mapping[str, Tensor],
-    adaptors: Mapping[str, Tensor],
+    weights: Mapping[str, Mapping[str, Tensor]],
     optimizer_state: dict[str, Any],
     meta: dict[str, Any],
     keep: int | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and return its folder; then remove all others but the newest `keep` - 1.
 
-    `student` and `adaptors` are state dicts, `meta` anything that JSON takes. A failure leaves earlier
+    `weights` are state dicts by name, `meta` is anything that JSON takes. A failure leaves earlier
     checkpoints as they were: OSError where the files cannot be written, UserError where two weights share
     memory, which safetensors cannot say.
     """
@@ -70,7 +97,7 @@ def save_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{step:08d}.", dir=folder))
     temporary.chmod(0o755)  # mkdtemp's own 0o700 would hide the checkpoint from everyone else
     try:
-        _write_tensors(temporary, student, adaptors, optimizer_state)
+        _write_tensors(temporary, weights, optimizer_state)
         _write_record(temporary, step, meta)
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -107,23 +134,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _check(path / name, expected["sha256"])
     return Checkpoint(
         step=record["step"],
-        student=safetensors.torch.load_file(path / STUDENT),
-        adaptors=safetensors.torch.load_file(path / ADAPTORS),
+        weights={
+            name.removesuffix(WEIGHTS): safetensors.torch.load_file(path / name)
+            for name in record["files"]
+            if name.endswith(WEIGHTS)
+        },
         optimizer_state=torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
         meta=record["meta"],
     )
 
 
 def _write_tensors(
-    folder: Path,
-    student: Mapping[str, Tensor],
-    adaptors: Mapping[str, Tensor],
-    optimizer_state: dict[str, Any],
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], optimizer_state: dict[str, Any]
 ) -> None:
-    weights = {STUDENT: _plain("student", student), ADAPTORS: _plain("adaptors", adaptors)}
+    plain = {name: _plain(name, tensors) for name, tensors in weights.items()}
     try:
-        for name, tensors in weights.items():
-            safetensors.torch.save_file(tensors, folder / name)
+        for name, tensors in plain.items():
+            safetensors.torch.save_file(tensors, folder / f"{name}{WEIGHTS}")
         with (folder / OPTIMIZER).open("wb") as file:  # given the path, torch hides the system's own error
             torch.save(optimizer_state, file)
     except (SafetensorError, RuntimeError) as error:  # so the two libraries report a full disk

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -36,15 +36,24 @@ class LossConfig(Frozen, allow_inf_nan=False):
     """Weights and forms of AM-RADIO's two losses (section 3.4).
 
     summary_weight and spatial_weight are the paper's lambda and gamma by teacher, 1 where none is given;
-    weight 0 leaves a teacher out. The spatial loss is `cosine` times cosine distance plus `smooth_l1` times
-    smooth L1, whose quadratic part ends at `transition`.
+    weight 0 leaves a teacher out. summary: the distance of summaries. The spatial loss is `cosine` times
+    cosine distance plus `smooth_l1` times the `magnitude`; the paper's is smooth L1. transition: where the
+    quadratic part of smooth L1 ends, in both losses.
     """
 
     summary_weight: dict[str, Weight] = Field(default_factory=dict)
     spatial_weight: dict[str, Weight] = Field(default_factory=dict)
+    summary: Literal["cosine", "smooth_l1", "l1", "mse"] = "cosine"
     cosine: Weight = 0.9
     smooth_l1: Weight = 0.1
+    magnitude: Literal["smooth_l1", "l1", "mse"] = "smooth_l1"
     transition: float = Field(1.0, gt=0)
+
+    def weight(self, term: str) -> float:
+        """Of a term of the loss, named teacher/summary or teacher/spatial."""
+        teacher, kind = term.split("/")
+        weights = self.summary_weight if kind == "summary" else self.spatial_weight
+        return weights.get(teacher, 1.0)
 
     def require_known(self, teachers: Collection[str]) -> None:
         """UserError for a weight of a teacher that is not one of `teachers`."""
@@ -56,24 +65,58 @@ class LossConfig(Frozen, allow_inf_nan=False):
                 )
 
 
+class GroupConfig(Frozen):
+    """A teacher group (AM-RADIO section 4, rank/teacher partitioning): teachers that share a resolution and a
+    batch size.
+
+    resolution, batch_size: those of `training` if not given. share: of the ranks, or of the steps, beside the
+    shares of the other groups.
+    """
+
+    teachers: tuple[str, ...] = Field(min_length=1)
+    resolution: Resolution | None = None
+    batch_size: Positive | None = None
+    share: Positive = 1
+
+
+class BalancingConfig(Frozen, allow_inf_nan=False):
+    """How the terms of the loss are weighed beside each other; see `trainer.balancing`.
+
+    penalty: of uncertainty, its factor of softplus. momentum: of AdaLoss.
+    """
+
+    kind: Literal["naive", "uncertainty", "adaloss", "amtml_kd"] = "naive"
+    penalty: float = Field(0.5, gt=0)
+    momentum: float = Field(0.99, ge=0, lt=1)
+
+
 class TrainingConfig(Frozen, allow_inf_nan=False):
     """Section `training`.
 
     output: folder of checkpoints and metrics. teachers: names in the store, all of them if not given.
     resolution: of the student's images, one number or [height, width]. batch_size: views a step over all
-    ranks. learning_rate: warmed up linearly for `warmup` steps, then a cosine to zero at `steps`. clip: of
-    the gradient norm, none if null. start_from: a checkpoint's folder, whose student, and whose heads for the
-    teachers it has, this run starts from; teachers it has not get new heads. adaptor_hidden, adaptor_blocks:
-    hidden width and residual blocks of the heads; see `trainer.adaptors`. block_rows, window_blocks: of the
-    block shuffle. threads: that load batches, each a whole batch; up to `threads + prefetch` batches
-    are in memory. log_every: steps between lines of metrics; each checkpoint has a line too. keep: newest
-    checkpoints to keep.
+    ranks. groups: teacher groups by name, instead of `teachers`. split: whether a step serves all groups,
+    each on its share of the ranks, or one group on all ranks; `auto` is ranks where there are several.
+    accumulate: pieces that a rank's batch is cut into, one after the other. learning_rate: warmed up linearly
+    for `warmup` steps, then a cosine to zero at `steps`. clip: of the gradient norm, none if null. ema: decay
+    of the average of the weights, which is then evaluated and exported; none if null. start_from: a
+    checkpoint's folder, whose student, and whose heads for the teachers it has, this run starts from;
+    teachers it has not get new heads. adaptor_hidden, adaptor_blocks: hidden width and residual blocks of the
+    heads; see `trainer.adaptors`. block_rows, window_blocks: of the block shuffle. threads: that load
+    batches, each a whole batch; up to `threads + prefetch` batches are in memory. on_corrupt: what is done
+    with a row whose checksum does not hold: end the run, or leave the row out and count it. log_every,
+    evaluate_every: steps between lines of metrics, and between evaluations on the held-out views; each
+    checkpoint has a line too. keep: newest checkpoints to keep. wandb: a project of Weights & Biases that is
+    told the metrics, too.
     """
 
     output: str = Field(min_length=1)
     teachers: tuple[str, ...] = ()
     resolution: Resolution = (224, 224)
     batch_size: Positive = 32
+    groups: dict[str, GroupConfig] = Field(default_factory=dict)
+    split: Literal["auto", "ranks", "steps"] = "auto"
+    accumulate: Positive = 1
     steps: Positive
     learning_rate: float = Field(1e-3, gt=0)
     warmup: int = Field(0, ge=0)
@@ -81,6 +124,10 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     clip: float | None = Field(1.0, gt=0)
     seed: int = Field(0, ge=0, lt=2**63)
     loss: LossConfig = LossConfig()
+    balancing: Annotated[
+        BalancingConfig, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+    ] = BalancingConfig()
+    ema: float | None = Field(None, gt=0, lt=1)
     start_from: str | None = None
     adaptor_hidden: Positive | None = None
     adaptor_blocks: int = Field(0, ge=0)
@@ -91,9 +138,12 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     window_blocks: Positive = 16
     threads: Positive = 2
     prefetch: int = Field(2, ge=0)
+    on_corrupt: Literal["stop", "skip"] = "stop"
     log_every: Positive = 10
+    evaluate_every: Positive | None = None
     checkpoint_every: Positive = 1000
     keep: Positive = 2
+    wandb: str | None = Field(None, min_length=1)
 
     @field_validator("warmup")
     @classmethod
@@ -102,11 +152,38 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
             raise ValueError(f"is more than the {info.data['steps']} steps of the run")
         return warmup
 
+    @field_validator("groups")
+    @classmethod
+    def _hold_each_teacher_once(
+        cls, groups: dict[str, GroupConfig], info: ValidationInfo
+    ) -> dict[str, GroupConfig]:
+        if groups and info.data.get("teachers"):
+            raise ValueError("name their own teachers; remove training.teachers")
+        grouped = [teacher for group in groups.values() for teacher in group.teachers]
+        twice = [teacher for teacher in grouped if grouped.count(teacher) > 1]
+        if twice:
+            raise ValueError(f"name teacher {twice[0]!r} twice; a teacher is in one group")
+        return groups
+
+    def teacher_groups(self, recorded: Sequence[str]) -> dict[str, GroupConfig]:
+        """The groups with all their settings; a single one of all teachers where the recipe names none."""
+        groups = self.groups or {"all": GroupConfig(teachers=self.teachers or tuple(recorded))}
+        own = {"resolution": self.resolution, "batch_size": self.batch_size}
+        return {
+            name: group.model_copy(
+                update={key: value for key, value in own.items() if getattr(group, key) is None}
+            )
+            for name, group in groups.items()
+        }
+
 
 # Fields of `training` in which a run may differ from the one it resumes: they decide where and how fast it
 # computes, and what it says of itself. (Another device, or a compiled model, rounds differently.)
 FREE_ON_RESUME = frozenset(
-    {"output", "device", "compile", "threads", "prefetch", "log_every", "checkpoint_every", "keep"}
+    {
+        *("output", "device", "compile", "accumulate", "threads", "prefetch", "on_corrupt"),
+        *("log_every", "evaluate_every", "checkpoint_every", "keep", "wandb"),
+    }
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,26 @@ from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import TeacherSpec
 from trainer.adaptors import Adaptor, align
+from trainer.balancing import Balancing, Naive, Weights, create_balancing
 from trainer.checkpoint import find_checkpoint, load_checkpoint
 from trainer.config import LossConfig, TrainConfig
 from trainer.losses import mean_over_valid, spatial_loss, summary_loss, zero_invalid
 from trainer.students import Student, create_student
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """`by_teacher`: each teacher's features as the student predicts them, `spatial` on the teacher's grid.
+
+    `summary` is the student's own, b d.
+    """
+
+    summary: Tensor
+    by_teacher: dict[str, TeacherOutput]
+
+
 class Distillation(nn.Module):
-    """A student and an adaptor for each teacher."""
+    """A student, an adaptor for each teacher, and how their losses are weighed (naively if not given)."""
 
     def __init__(
         self,
@@ -29,6 +41,7 @@ class Distillation(nn.Module):
         specs: Mapping[str, TeacherSpec],
         adaptor_hidden: int | None = None,
         adaptor_blocks: int = 0,
+        balancing: Balancing | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -45,17 +58,28 @@ class Distillation(nn.Module):
                 for name, spec in specs.items()
             }
         )
+        self.balancing = balancing or Naive()
         self.specs = dict(specs)
         self._grids = {name: (spec.grid.height, spec.grid.width) for name, spec in specs.items()}
 
-    def forward(self, images: Tensor) -> dict[str, TeacherOutput]:
-        """Each teacher's features as the student predicts them, on its grid, from uint8 b 3 height width."""
+    def forward(self, images: Tensor, teachers: Collection[str] | None = None) -> Predictions:
+        """Features of some teachers, of all if none are named, from uint8 b 3 height width."""
         features = self.student(images.float() / 255)
-        predicted = {}
-        for name, adaptor in self.adaptors.items():
-            output = adaptor(features)
-            predicted[name] = TeacherOutput(output.summary, align(output.spatial, self._grids[name]))
-        return predicted
+        by_teacher = {}
+        for name in self.specs if teachers is None else teachers:
+            output = self.adaptors[name](features)
+            by_teacher[name] = TeacherOutput(output.summary, align(output.spatial, self._grids[name]))
+        return Predictions(features.summary, by_teacher)
+
+    def predict(self, images: Tensor, teachers: Collection[str] | None = None) -> dict[str, TeacherOutput]:
+        """`by_teacher` alone."""
+        predictions: Predictions = self(images, teachers)
+        return predictions.by_teacher
+
+    def heads_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
+        """Parameters of the heads for all other teachers: they take no part where only these are served."""
+        others = (head for name, head in self.adaptors.items() if name not in teachers)
+        return [parameter for head in others for parameter in head.parameters()]
 
 
 def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distillation:
@@ -64,7 +88,11 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
         torch.manual_seed(config.training.seed)
         settings, training = config.student.settings, config.training
         student = create_student(config.student.name, resolution=training.resolution, **settings)
-        model = Distillation(student, specs, training.adaptor_hidden, training.adaptor_blocks)
+        terms = [f"{name}/{kind}" for name in specs for kind in ("summary", "spatial")]
+        weighed = [term for term in terms if training.loss.weight(term)]
+        balancing = create_balancing(training.balancing, weighed, student.summary_dim)
+        heads = (training.adaptor_hidden, training.adaptor_blocks)
+        model = Distillation(student, specs, *heads, balancing)
     student.grid(*config.training.resolution)  # UserError where they do not fit
     return model
 
@@ -78,8 +106,9 @@ def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
     specs = {name: TeacherSpec.model_validate(spec) for name, spec in checkpoint.meta["teachers"].items()}
     settings = {key: value for key, value in recipe["student"].items() if key != "pretrained"}  # no download
     model = untrained(TrainConfig.from_recipe({**recipe, "student": settings}), specs)
-    model.student.load_state_dict(checkpoint.student)
-    model.adaptors.load_state_dict(checkpoint.adaptors)
+    student, adaptors = checkpoint.evaluated()
+    model.student.load_state_dict(student)
+    model.adaptors.load_state_dict(adaptors)
     return model.eval(), recipe
 
 
@@ -101,8 +130,9 @@ def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
         )
     known = {name: head for name, head in model.adaptors.items() if name in checkpoint.meta["teachers"]}
     heads = nn.ModuleDict(known)
-    weights = {key: value for key, value in checkpoint.adaptors.items() if key.split(".")[0] in known}
-    for module, tensors in ((model.student, checkpoint.student), (heads, weights)):
+    student, adaptors = checkpoint.evaluated()
+    weights = {key: value for key, value in adaptors.items() if key.split(".")[0] in known}
+    for module, tensors in ((model.student, student), (heads, weights)):
         _require_same_shapes(module.state_dict(), tensors, path)
         module.load_state_dict(tensors)
 
@@ -119,44 +149,67 @@ def _require_same_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """`total` is what is minimised; `terms`, named teacher/summary and teacher/spatial, are unweighted."""
+    """`total` is what is minimised; `terms`, named teacher/summary and teacher/spatial, are unweighted means.
+
+    `weights`: what balancing gave the terms, on average over the samples; those it leaves at 1 are not there.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    weights: dict[str, Tensor]
 
     def detach(self) -> Losses:
         """The same values, without the graph behind them."""
-        return Losses(self.total.detach(), {name: term.detach() for name, term in self.terms.items()})
+        return Losses(
+            self.total.detach(),
+            {name: term.detach() for name, term in self.terms.items()},
+            {name: weight.detach() for name, weight in self.weights.items()},
+        )
 
 
-def distillation_losses(
+def loss_terms(
     predicted: Mapping[str, TeacherOutput],
     targets: Mapping[str, TeacherOutput],
     valid: Mapping[str, Tensor],
     config: LossConfig,
-    share_of_valid: Callable[[Tensor], Tensor] = lambda valid: valid.sum(),
-) -> Losses:
-    """L_summary + L_spatial of AM-RADIO, equations 2 and 3, averaged over the valid rows.
+) -> dict[str, Tensor]:
+    """The terms of L_summary and L_spatial of AM-RADIO, equations 2 and 3, for each sample, b.
 
-    share_of_valid: what each sum over this rank's valid rows is divided by; see `losses.mean_over_valid`.
+    What a row that is not valid gives is finite, and means nothing.
     """
     terms: dict[str, Tensor] = {}
-    total = torch.zeros((), device=next(iter(valid.values())).device)
     for name, output in predicted.items():
-        mask, count = valid[name], share_of_valid(valid[name])
-        summary = summary_loss(output.summary, zero_invalid(targets[name].summary, mask))  # b
-        spatial = spatial_loss(
-            output.spatial,
-            zero_invalid(targets[name].spatial, mask),
-            config.cosine,
-            config.smooth_l1,
-            config.transition,
-        )  # b
-        terms[f"{name}/summary"] = mean_over_valid(summary, mask, count)
-        terms[f"{name}/spatial"] = mean_over_valid(spatial, mask, count)
-        total = (
-            total
-            + config.summary_weight.get(name, 1.0) * terms[f"{name}/summary"]
-            + config.spatial_weight.get(name, 1.0) * terms[f"{name}/spatial"]
+        summary = zero_invalid(targets[name].summary, valid[name])
+        spatial = zero_invalid(targets[name].spatial, valid[name])
+        terms[f"{name}/summary"] = summary_loss(output.summary, summary, config.summary, config.transition)
+        terms[f"{name}/spatial"] = spatial_loss(
+            output.spatial, spatial, config.cosine, config.smooth_l1, config.transition, config.magnitude
         )
-    return Losses(total, terms)
+    return terms
+
+
+def weighted_sum(
+    terms: Mapping[str, Tensor],
+    valid: Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
+    config: LossConfig,
+    balance: Weights,
+) -> Losses:
+    """L_summary + L_spatial (AM-RADIO section 3.4) of terms, each b, as recipe and balancing weigh them.
+
+    counts: what each teacher's sums over this rank's valid rows are divided by; see `losses.mean_over_valid`.
+    """
+    means: dict[str, Tensor] = {}
+    total = torch.zeros((), device=next(iter(valid.values())).device) + balance.penalty
+    for term, values in terms.items():
+        mask, count = valid[teacher_of(term)], counts[teacher_of(term)]
+        means[term] = mean = mean_over_valid(values, mask, count)
+        if term in balance.factors:
+            mean = mean_over_valid(values * balance.factors[term], mask, count)
+        total = total + config.weight(term) * mean
+    return Losses(total, means, {term: factor.mean() for term, factor in balance.factors.items()})
+
+
+def teacher_of(term: str) -> str:
+    """The teacher of a term of the loss, which is named teacher/summary or teacher/spatial."""
+    return term.split("/")[0]

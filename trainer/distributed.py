@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class World:
 def launch(device: str = "auto") -> Iterator[World]:
     """The world that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, or that of one process.
 
-    device: see `choose_device`. nccl joins ranks on cuda, gloo those on anything else.
+    device: see `choose_device`. nccl joins tensors on cuda, gloo those on the CPU.
     """
     rank, size, local_rank = (_from_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = World(rank, max(size, 1), local_rank, choose_device(device, local_rank))
@@ -37,7 +37,7 @@ def launch(device: str = "auto") -> Iterator[World]:
         yield world
         return
     if world.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=world.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
     else:
         dist.init_process_group("gloo")
     try:
@@ -52,6 +52,11 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
         return module
     device_ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def no_sync(replica: nn.Module) -> AbstractContextManager[None]:
+    """In here, backward passes of what `wrap` gave add to the gradients of this rank alone."""
+    return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
 def all_sum(tensor: Tensor) -> Tensor:

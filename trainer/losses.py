@@ -37,12 +37,17 @@ def magnitude_distance(student: Tensor, target: Tensor, kind: Magnitude, transit
     return F.mse_loss(student, target, reduction="none").mean(-1)
 
 
-def summary_loss(student: Tensor, target: Tensor, kind: Literal["cosine"] | Magnitude = "cosine") -> Tensor:
+def summary_loss(
+    student: Tensor,
+    target: Tensor,
+    kind: Literal["cosine"] | Magnitude = "cosine",
+    transition: float = 1.0,
+) -> Tensor:
     """Distance of summaries, b d -> b: a term of L_summary, equation 2 of AM-RADIO (cosine)."""
     assert student.shape == target.shape, (student.shape, target.shape)
     if kind == "cosine":
         return cosine_distance(student, target)
-    return magnitude_distance(student, target, kind)
+    return magnitude_distance(student, target, kind, transition)
 
 
 def spatial_loss(

@@ -1,4 +1,6 @@
-"""What a run says of itself: lines of metrics.jsonl, and the same in TensorBoard's event files."""
+"""What a run says of itself: lines of metrics.jsonl and evaluations.jsonl, and the same in TensorBoard's
+files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,80 +22,117 @@ from trainer.distillation import Losses
 from trainer.distributed import World, all_sum
 from trainer.reader import Batch
 
-LINES = "metrics.jsonl"
+LINES, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """A line of metrics.jsonl. `loss` and `terms` are means over the global batch of this step.
+    """A line of metrics.jsonl. All but `step`, `learning_rate` and `gradient_norm` is since the line before.
 
-    images_per_second and data_wait (share of the time spent waiting for a batch) are since the line before.
+    `loss`, `terms` and `weights` (of balancing, where they are not 1) are means over global batches, each
+    over the steps that had it. data_wait: share of the time spent waiting for a batch. corrupt_rows: rows of
+    images or features that were left out because they do not hold.
     """
 
     step: int
     loss: float
     terms: dict[str, float]
+    weights: dict[str, float]
     learning_rate: float
     gradient_norm: float
     images_per_second: float
     data_wait: float
+    corrupt_rows: int
+
+
+class Diverged(UserError):
+    """A loss or a gradient is not finite; `step` had it first."""
+
+    def __init__(self, step: int, loss: float, norm: float, rate: float) -> None:
+        super().__init__(
+            f"training.learning_rate: the loss is {loss} and its gradient {norm} at step {step}, rate "
+            f"{rate:.3g}; lower it, or give a longer training.warmup"
+        )
+        self.step = step
 
 
 class Meter:
-    """Times this rank's steps, and averages their losses over ranks."""
+    """Times this rank's steps, and gathers their losses on the device: only `measure` waits for them."""
 
-    def __init__(self, world: World, batch_size: int) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._batch_size = batch_size
-        self._restart()
+        self.restart()
+
+    def restart(self) -> None:
+        """Time starts here, and nothing has happened yet."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._views = 0
+        self._damaged = 0
+        self._totals: list[Tensor] = []  # of each step: loss, norm of the gradient
+        self._means: dict[str, dict[str, list[Tensor]]] = {"terms": {}, "weights": {}}
+
+    @property
+    def steps(self) -> int:
+        """Since the line before."""
+        return len(self._totals)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each is there counts as waiting."""
-        self._restart()
+        self.restart()
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
                 return
             self._waited += time.perf_counter() - began
-            self._steps += 1
+            self._damaged += len(batch.damage)
             yield batch
 
-    def measure(self, step: int, losses: Losses, learning_rate: float, gradient_norm: Tensor) -> StepMetrics:
-        """The metrics after `step` steps, the same on every rank; UserError where training has diverged."""
-        values = torch.stack([losses.total, *losses.terms.values()])
-        loss, *terms = (all_sum(values) / self._world.size).tolist()
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise UserError(
-                f"training.learning_rate: the loss is {loss} and its gradient {float(gradient_norm)} at step "
-                f"{step}, rate {learning_rate:.3g}; lower it, or give a longer training.warmup"
-            )
+    def add(self, losses: Losses, gradient_norm: Tensor, views: int) -> None:
+        """A step: its losses over all ranks, and the views of its global batch."""
+        self._views += views
+        self._totals.append(torch.stack([losses.total, gradient_norm]))
+        for kind, values in (("terms", losses.terms), ("weights", losses.weights)):
+            for name, value in values.items():
+                self._means[kind].setdefault(name, []).append(value)
+
+    def measure(self, step: int, learning_rate: float) -> StepMetrics:
+        """The metrics after `step` steps, the same on every rank; Diverged where one is not finite."""
+        totals = torch.stack(self._totals).tolist()
+        for place, (loss, norm) in enumerate(totals):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(step - len(totals) + place + 1, loss, norm, learning_rate)
         seconds = time.perf_counter() - self._start
         metrics = StepMetrics(
             step=step,
-            loss=loss,
-            terms=dict(zip(losses.terms, terms, strict=True)),
+            loss=sum(loss for loss, _ in totals) / len(totals),
+            terms=self._averages("terms"),
+            weights=self._averages("weights"),
             learning_rate=learning_rate,
-            gradient_norm=float(gradient_norm),
-            images_per_second=self._steps * self._batch_size / seconds,
+            gradient_norm=totals[-1][1],
+            images_per_second=self._views / seconds,
             data_wait=self._waited / seconds,
+            corrupt_rows=int(all_sum(torch.tensor(self._damaged))),
         )
-        self._restart()
+        self.restart()
         return metrics
 
-    def _restart(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
+    def _averages(self, kind: str) -> dict[str, float]:
+        return {name: float(torch.stack(values).mean()) for name, values in self._means[kind].items()}
 
 
 class MetricsLog:
     """Writes metrics beside the checkpoints, on rank 0. Whatever is there of later steps is forgotten: they
     are made again.
+
+    wandb: a project of Weights & Biases that is told them too; UserError if its package is missing.
     """
 
-    def __init__(self, folder: Path, first: int, world: World) -> None:
+    def __init__(self, folder: Path, first: int, world: World, wandb: str | None = None) -> None:
         self._folder, self._first, self._world = folder, first, world
+        self._project = wandb
+        self._wandb: Any = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -100,11 +140,13 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / LINES
-            _forget_after(path, self._first)
-            self._lines = self._stack.enter_context(path.open("a", buffering=1))
+            for name in (LINES, EVALUATIONS):
+                _forget_after(self._folder / name, self._first)
+            self._lines = self._stack.enter_context((self._folder / LINES).open("a", buffering=1))
             board = SummaryWriter(str(self._folder), purge_step=self._first + 1)
             self._board = self._stack.enter_context(board)
+            if self._project is not None:
+                self._wandb = self._stack.enter_context(_open_wandb(self._project, self._folder))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,13 +158,37 @@ class MetricsLog:
             return
         self._lines.write(json.dumps(asdict(metrics)) + "\n")
         values = {"loss": metrics.loss, **metrics.terms, "images_per_second": metrics.images_per_second}
+        values |= {f"weight/{name}": weight for name, weight in metrics.weights.items()}
+        self._tell(values, metrics.step)
+
+    def write_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Add a line to the evaluations, which have a file of their own."""
+        with (self._folder / EVALUATIONS).open("a") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._tell(values, step)
+
+    def _tell(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self._board.add_scalar(name, value, metrics.step)
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def _open_wandb(project: str, folder: Path) -> Any:
+    """A run of Weights & Biases, a context that ends it; the same one when training goes on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"training.wandb: {project!r} needs the package wandb; install it, or remove the key"
+        ) from error
+    name = sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, id=name, name=folder.name, dir=str(folder), resume="allow")
+
+
+def read_metrics(folder: Path, name: str = LINES) -> list[dict[str, Any]]:
     """The lines of a run, but for one that a kill cut short."""
-    return [json.loads(line) for line in _whole_lines(folder / LINES)]
+    return [json.loads(line) for line in _whole_lines(folder / name)]
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -1,19 +1,19 @@
 """Stored targets and the very crops they were made from, in batches.
 
-Which views a batch holds is arithmetic (`trainer.order`); what it holds is checked: each image against the
-digest in the view table, each row of features against its checksum, each tar and view table against the
-commit. Batches are loaded whole by threads, ahead of their use, and a bound on how many is the bound on
-memory.
+Which views a batch holds is arithmetic (`trainer.order`, `trainer.groups`); what it holds is checked: each
+image against the digest in the view table, each row of features against its checksum, each tar and view table
+against the commit. Batches are loaded whole by threads, ahead of their use, and a bound on how many is the
+bound on memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
-from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from storage_schemas.parts import Part
 from storage_schemas.replay import CropReplay
 from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
-from trainer.order import ViewOrder, rank_slice
+from trainer.order import ViewOrder
 
 COMMIT_READERS = 16  # threads: on an object store each commit is a request, and there is one a shard
 OPEN_SHARDS = 64  # view tables and files kept open; a window of the block shuffle touches fewer
@@ -41,12 +41,15 @@ class Batch:
     """`images` uint8 b 3 height width; `targets` by teacher, fp16; `valid` by teacher, bool b.
 
     A target that is not valid is NaN. `views` is b 2: index of the shard in the reader's `shards`, and row.
+    `damage`: a line for each row, of images or of a teacher's features, that was left out because it does not
+    hold.
     """
 
     images: torch.Tensor
     targets: dict[str, TeacherOutput]
     valid: dict[str, torch.Tensor]
     views: Indices
+    damage: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -55,13 +58,30 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         targets = {k: TeacherOutput(move(v.summary), move(v.spatial)) for k, v in self.targets.items()}
-        return Batch(move(self.images), targets, {k: move(v) for k, v in self.valid.items()}, self.views)
+        valid = {k: move(v) for k, v in self.valid.items()}
+        return Batch(move(self.images), targets, valid, self.views, self.damage)
+
+    def split(self, pieces: int) -> list[Batch]:
+        """So many equal pieces, in order, which share its memory."""
+        if pieces == 1:
+            return [self]
+        size = len(self.views) // pieces
+        assert size * pieces == len(self.views), (len(self.views), pieces)
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.views), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        targets = {k: TeacherOutput(v.summary[rows], v.spatial[rows]) for k, v in self.targets.items()}
+        return Batch(
+            self.images[rows], targets, {k: v[rows] for k, v in self.valid.items()}, self.views[rows]
+        )
 
 
 class TargetReader:
     """Batches of the views that some teacher has features for, in the source shards `sources` (URLs by name).
 
-    UserError if a shard is not recorded for a teacher, or if its tar is not the one that was recorded.
+    on_corrupt: `stop` raises DataDamage for a row that does not hold; `skip` gives it as not valid, and says
+    so in the batch. UserError if a shard is not recorded for a teacher, or if its tar is not the one that was
+    recorded.
     """
 
     def __init__(
@@ -72,12 +92,14 @@ class TargetReader:
         resolution: tuple[int, int],
         threads: int = 2,
         prefetch: int = 2,
+        on_corrupt: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.store = store
         self.teachers = tuple(teachers)
         self.resolution = resolution
         self.threads = threads
         self.ahead = threads + prefetch
+        self.on_corrupt = on_corrupt
         self.shards = tuple(sources)
         self.specs = {name: store.spec(name) for name in teachers}
         _require_same_pixels({name: spec.pixels for name, spec in self.specs.items()})
@@ -119,16 +141,16 @@ class TargetReader:
             )
         return ViewOrder([len(rows) for rows in self._rows], seed, block_rows, window_blocks)
 
-    def batches(
-        self, order: ViewOrder, batch_size: int, first_step: int = 0, rank: int = 0, world_size: int = 1
+    def in_order(
+        self, batch_size: int, view: int | None = None, targets: bool = True
     ) -> Generator[Batch, None, None]:
-        """This rank's share of the global batches of `batch_size` views from `first_step` on, without end."""
-        picks = (rank_slice(order, step, batch_size, rank, world_size) for step in count(first_step))
-        return self._load_ahead(picks)
+        """Every view once, by shard and row; only those with that number of `view` if one is given.
 
-    def in_order(self, batch_size: int, view: int | None = None) -> Generator[Batch, None, None]:
-        """Every view once, by shard and row; only those with that number of `view` if one is given."""
-        return self._load_ahead(self._picks_in_order(batch_size, view))
+        targets: false for images alone.
+        """
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as pool:
+            picks = self._picks_in_order(batch_size, view)
+            yield from map_ahead(pool, partial(self.load, targets=targets), picks, self.ahead)
 
     def _picks_in_order(self, batch_size: int, view: int | None) -> Iterator[Indices]:
         views_per_image = self.store.manifest.views_per_image
@@ -140,37 +162,68 @@ class TargetReader:
                 indices = chosen[start : start + batch_size]
                 yield np.stack([np.full(len(indices), shard), indices], axis=1)
 
-    def _load_ahead(self, picks: Iterator[Indices]) -> Generator[Batch, None, None]:
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as pool:
-            yield from map_ahead(pool, self.load, picks, self.ahead)
+    def views(self, picks: Indices) -> Indices:
+        """b 2, shard and row, of b 2 indices of an order: shard, and place among its rows with features."""
+        return np.array([(shard, self._rows[shard].at(place)) for shard, place in picks], dtype=np.int64)
 
-    def load(self, picks: Indices) -> Batch:
-        """The batch of b 2 indices: shard, and place among its rows with features."""
-        views = np.array([(shard, self._rows[shard].at(place)) for shard, place in picks], dtype=np.int64)
+    def load(self, picks: Indices, targets: bool = True) -> Batch:
+        """The batch of b 2 indices of an order."""
+        views = self.views(picks)
+        damage: list[str] = []
         images = torch.empty(len(views), 3, *self.resolution, dtype=torch.uint8)
-        for place, (shard, row) in enumerate(views):
-            images[place] = self._open(int(shard)).replay.crop(int(row), self.resolution)
-        targets = {name: self._targets(name, views) for name in self.teachers}
-        valid = {
-            name: torch.tensor([self._open(int(shard)).is_valid(name, int(row)) for shard, row in views])
-            for name in self.teachers
-        }
-        return Batch(images, targets, valid, views)
+        whole = np.ones(len(views), dtype=bool)
+        for place, (shard, row) in enumerate(views.tolist()):
+            if not self._attempt(damage, lambda: self._cut(images[place], shard, row)):  # noqa: B023
+                images[place], whole[place] = 0, False
+        found, valid = {}, {}
+        for name in self.teachers if targets else ():
+            rows = zip(whole.tolist(), *views.T.tolist(), strict=True)
+            valid[name] = torch.tensor([ok and self._open(s).is_valid(name, row) for ok, s, row in rows])
+            found[name] = self._targets(name, views, whole, valid[name], damage)
+        return Batch(images, found, valid, views, tuple(damage))
 
-    def _targets(self, teacher: str, views: Indices) -> TeacherOutput:
+    def _cut(self, out: torch.Tensor, shard: int, row: int) -> None:
+        out.copy_(self._open(shard).replay.crop(row, self.resolution))
+
+    def _targets(
+        self, teacher: str, views: Indices, whole: NDArray[np.bool_], valid: torch.Tensor, damage: list[str]
+    ) -> TeacherOutput:
+        """Of the rows that are `whole`; clears `valid`, b, where their features are not, and notes it."""
         spec = self.specs[teacher]
         summary = torch.empty(len(views), spec.summary_dim, dtype=torch.float16)
         spatial = torch.empty(
             len(views), spec.grid.height, spec.grid.width, spec.spatial_dim, dtype=torch.float16
         )
         summary_rows, spatial_rows = summary.numpy(), spatial.numpy()
-        for shard in np.unique(views[:, 0]):
-            places = np.flatnonzero(views[:, 0] == shard)
-            rows = views[places, 1].tolist()
-            part = self._open(int(shard)).parts[teacher]
+
+        def read(shard: int, places: Sequence[int]) -> None:
+            rows, part = views[places, 1].tolist(), self._open(shard).parts[teacher]
             part.read_summary(rows, [summary_rows[place] for place in places])
             part.read_spatial(rows, [spatial_rows[place] for place in places])
+
+        lost = np.flatnonzero(~whole).tolist()
+        for shard in np.unique(views[whole, 0]).tolist():
+            places = np.flatnonzero(whole & (views[:, 0] == shard)).tolist()
+            if not self._attempt([], lambda: read(shard, places)):  # noqa: B023 - called at once
+                lost += [
+                    place
+                    for place in places
+                    if not self._attempt(damage, lambda: read(shard, [place]))  # noqa: B023
+                ]
+        if lost:
+            summary[lost], spatial[lost], valid[lost] = torch.nan, torch.nan, False
         return TeacherOutput(summary, spatial)
+
+    def _attempt(self, damage: list[str], action: Callable[[], None]) -> bool:
+        """Whether it went well. Where damage does not end the run, it is noted."""
+        try:
+            action()
+        except DataDamage as error:
+            if self.on_corrupt == "stop":
+                raise
+            damage.append(str(error))
+            return False
+        return True
 
     def _open_shard(self, index: int) -> _OpenShard:
         shard = self.shards[index]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Self
 
 from storage_schemas.errors import DataDamage, UserError
 from trainer.checkpoint import (
@@ -23,17 +24,44 @@ from trainer.checkpoint import (
 from trainer.config import TrainConfig, require_same_run
 from trainer.distillation import Distillation
 from trainer.distributed import World, barrier
+from trainer.learner import Learner
+from trainer.metrics import Diverged
 
 LOCK = ".lock"
+DAMAGE = "damage.txt"
+
+
+class StopSignal:
+    """A context in which SIGTERM, as clusters send it before they kill, only sets `received`."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to listen
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The checkpoints of one recipe. `targets` is the digest of what it trains on (`TargetReader.digest`)."""
+    """The checkpoints of one recipe.
+
+    targets: the digest of what it trains on (`groups.digest_of`). over_ranks: how several groups are served.
+    """
 
     recipe: dict[str, Any]
     config: TrainConfig
     targets: str
+    over_ranks: bool
     world: World
 
     @property
@@ -62,26 +90,43 @@ class Run:
                 ) from error
             yield
 
-    def save(self, model: Distillation, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def save(self, learner: Learner, step: int) -> None:
         """Rank 0 writes a checkpoint; the others wait until it is there. UserError if training diverged."""
-        for name, weight in model.named_parameters():
+        for name, weight in learner.model.named_parameters():
             if not weight.isfinite().all():
                 raise UserError(
                     f"training.learning_rate: the weights {name} are not finite after step {step}, which is "
                     f"not saved; lower it, or give a longer training.warmup"
                 )
         if self.world.rank == 0:
-            specs = {name: spec.model_dump(mode="json") for name, spec in model.specs.items()}
+            specs = {name: spec.model_dump(mode="json") for name, spec in learner.model.specs.items()}
             save_checkpoint(
                 self.folder,
                 step,
-                model.student.state_dict(),
-                model.adaptors.state_dict(),
-                optimizer.state_dict(),
-                meta={"recipe": self.recipe, "targets": self.targets, "teachers": specs},
+                learner.weights(),
+                learner.optimizer.state_dict(),
+                meta={
+                    "recipe": self.recipe,
+                    "targets": self.targets,
+                    "teachers": specs,
+                    "over_ranks": self.over_ranks,
+                },
                 keep=self.config.training.keep,
             )
         barrier()
+
+    def note_damage(self, step: int, damage: Sequence[str]) -> None:
+        """Every row that a step left out, in a file beside the checkpoints that all ranks add to."""
+        if damage:
+            with (self.folder / DAMAGE).open("a") as lines:
+                lines.write("".join(f"step {step + 1}: {line}\n" for line in damage))
+
+    def diverged(self, error: Diverged, views: dict[str, list[tuple[str, int]]]) -> UserError:
+        """The same error, with the views of its step in a file that it names."""
+        path = self.folder / f"diverged-step-{error.step:08d}.json"
+        if self.world.rank == 0:
+            path.write_text(json.dumps({"step": error.step, "views": views}, indent=1) + "\n")
+        return UserError(f"{error}; the step's views are listed in {path}")
 
     def newest(self, resume: bool) -> Path | None:
         """The newest complete checkpoint; UserError if there is one and `resume` was not asked for."""
@@ -92,7 +137,7 @@ class Run:
             )
         return newest
 
-    def restore(self, newest: Path, model: Distillation, optimizer: torch.optim.Optimizer) -> int:
+    def restore(self, newest: Path, learner: Learner) -> int:
         """Load a checkpoint; the step to go on from. UserError if it is of another run."""
         try:
             checkpoint = load_checkpoint(newest)
@@ -100,10 +145,8 @@ class Run:
             older = next((path.name for path in complete_checkpoints(self.folder) if path != newest), None)
             remedy = f"--resume then takes {older}" if older else "there is no older one"
             raise DataDamage(f"{error}; delete {newest}: {remedy}") from error
-        self._require_same(checkpoint, newest, model)
-        model.student.load_state_dict(checkpoint.student)
-        model.adaptors.load_state_dict(checkpoint.adaptors)
-        optimizer.load_state_dict(checkpoint.optimizer_state)
+        self._require_same(checkpoint, newest, learner.model)
+        learner.load(checkpoint)
         return checkpoint.step
 
     def _require_same(self, checkpoint: Checkpoint, path: Path, model: Distillation) -> None:
@@ -114,6 +157,13 @@ class Run:
             raise UserError(
                 f"training.teachers: {where} learned from {', '.join(before)}, the store has "
                 f"{', '.join(now)}; name those in training.teachers, or give another training.output"
+            )
+        over_ranks = checkpoint.meta.get("over_ranks", False)
+        if over_ranks != self.over_ranks:
+            ways = {True: "ranks", False: "steps"}
+            raise UserError(
+                f"training.split: {where} served its groups over {ways[over_ranks]}, this run would over "
+                f"{ways[self.over_ranks]}; give training.split={ways[over_ranks]}, and ranks that fit"
             )
         if checkpoint.meta["targets"] != self.targets:
             raise UserError(

@@ -8,7 +8,7 @@ run equals one that was never interrupted, to the last bit, and random state nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from hashlib import blake2b
 from itertools import islice
@@ -16,20 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from storage_schemas.errors import UserError
-from storage_schemas.store import FeatureStore
 from trainer.adaptors import Adaptor
 from trainer.config import TrainConfig, TrainingConfig
-from trainer.distillation import Distillation, Losses, distillation_losses, start_from, untrained
-from trainer.distributed import World, all_sum, launch, wrap
-from trainer.metrics import Meter, MetricsLog, StepMetrics
-from trainer.reader import Batch, TargetReader
-from trainer.run import Run, require_writable
+from trainer.distillation import Distillation, start_from, untrained
+from trainer.distributed import barrier, launch
+from trainer.evaluation.subject import Subject
+from trainer.groups import (
+    Group,
+    batches,
+    count_valid,
+    digest_of,
+    open_groups,
+    ranks_by_teacher,
+    schedule_of,
+    specs_of,
+    views_in,
+    views_of,
+)
+from trainer.learner import Learner
+from trainer.metrics import Diverged, Meter, MetricsLog, StepMetrics
+from trainer.run import Run, StopSignal, require_writable
 
 MOMENT_SHARDS = 8  # enough for the scale of the targets; a covariance a shard is read
-UNDECAYED = ("token", "position", "pos_embed")  # in the last part of a parameter's name
 
 
 def train(
@@ -39,115 +48,89 @@ def train(
 ) -> Path:
     """Train the recipe's student from the store; the folder of the last checkpoint.
 
-    One process, or one of torchrun's: every rank calls this, and rank 0 hears of the metrics. UserError if
-    the output holds checkpoints and `resume` is not asked for, or if they are of other settings.
+    One process, or one of torchrun's: every rank calls this, and rank 0 hears of the metrics. SIGTERM ends
+    the run after the step that it is in, with a checkpoint: the returned one is then not of the last step.
+    UserError if the output holds checkpoints and `resume` is not asked for, or if they are of other settings.
     """
     config = TrainConfig.from_recipe(recipe)
     settings = config.training
     require_writable(Path(settings.output))
+    if settings.evaluate_every:
+        config.held_out_shards()  # UserError now, not at the first evaluation
     with launch(settings.device) as world, ExitStack() as stack:
-        reader = make_reader(config)
-        model = untrained(config, reader.specs).to(world.device)
-        optimizer = make_optimizer(model, settings)
-        run = Run(recipe, config, reader.digest(), world)
+        groups = open_groups(config)
+        schedule = schedule_of(groups, world.size, config)
+        model = untrained(config, specs_of(groups)).to(world.device)
+        run = Run(recipe, config, digest_of(groups), schedule.over_ranks, world)
         stack.enter_context(run.locked())
         newest = run.newest(resume)
         if newest is None:
-            initialise(model, config, reader)
-        first = run.restore(newest, model, optimizer) if newest else 0
-        order = reader.order(settings.seed, settings.block_rows, settings.window_blocks)
-        if settings.compile:
-            model.compile()
-        replica, meter = wrap(model, world), Meter(world, settings.batch_size)
-        with (
-            closing(reader.batches(order, settings.batch_size, first, world.rank, world.size)) as batches,
-            MetricsLog(run.folder, first, world) as log,
-        ):
-            coming = islice(batches, settings.steps - first)
-            for step, batch in enumerate(meter.timed(coming), start=first):
+            initialise(model, config, groups)
+        learner = Learner(model, settings, world)
+        first = run.restore(newest, learner) if newest else 0
+        stream = stack.enter_context(closing(batches(groups, schedule, first, world.rank)))
+        log = stack.enter_context(MetricsLog(run.folder, first, world, settings.wandb))
+        stop, meter = stack.enter_context(StopSignal()), Meter(world)
+        for step, batch in enumerate(meter.timed(islice(stream, settings.steps - first)), start=first):
+            run.note_damage(step, batch.damage)
+            counts, stops = count_valid(batch, model.specs, stop.received)
+            if not stops:
                 seed_step(settings.seed, step, world.rank)
-                rate = learning_rate(settings, step)
-                batch = batch.to(world.device)
-                losses, norm = training_step(replica, optimizer, batch, rate, settings, world)
-                done, last = step + 1, step + 1 == settings.steps
-                saves = last or done % settings.checkpoint_every == 0
-                if saves or done % settings.log_every == 0:
-                    metrics = meter.measure(done, losses, rate, norm)
-                    log.write(metrics)
-                    if world.rank == 0:
-                        on_metrics(metrics)
-                if saves:
-                    run.save(model, optimizer, done)
-        saved = run.newest(resume=True)
-    assert saved is not None
-    return saved
+                ranks = ranks_by_teacher(groups, schedule, step)
+                losses, norm = learner.step(batch, learning_rate(settings, step), counts, ranks)
+                meter.add(losses, norm, views_in(groups, schedule, step))
+            done = step if stops else step + 1
+            saves = stops or done == settings.steps or done % settings.checkpoint_every == 0
+            evaluates = not stops and done % (settings.evaluate_every or settings.steps + 1) == 0
+            if meter.steps and (saves or evaluates or done % settings.log_every == 0):
+                try:
+                    metrics = meter.measure(done, learning_rate(settings, done - 1))
+                except Diverged as error:
+                    raise run.diverged(error, views_of(groups, schedule, error.step - 1)) from error
+                log.write(metrics)
+                if world.rank == 0:
+                    on_metrics(metrics)
+            if saves:
+                run.save(learner, done)
+            if evaluates:
+                if world.rank == 0:
+                    log.write_evaluation(done, evaluate(config, learner.evaluated()))
+                barrier()
+                meter.restart()
+            if stops:
+                break
+        last = run.newest(resume=True)
+    assert last is not None
+    return last
 
 
-def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    rate: float,
-    settings: TrainingConfig,
-    world: World,
-) -> tuple[Losses, Tensor]:
-    """One step of the optimiser at learning rate `rate` on this rank's share of a batch: (losses, norm of the
-    gradient before it was clipped).
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        predicted = model(batch.images)
-    losses = distillation_losses(
-        predicted, batch.targets, batch.valid, settings.loss, lambda valid: all_sum(valid.sum()) / world.size
-    )
-    optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-    optimizer.step()
-    return losses.detach(), norm
+def evaluate(config: TrainConfig, model: Distillation) -> dict[str, float]:
+    """Held-out distances to each teacher, and k-NN where images have labels."""
+    subject = Subject(config, model)
+    values = {
+        f"distance/{name}/{kind}": getattr(found, kind)
+        for name, found in subject.distance()["student"].items()
+        for kind in ("summary", "spatial")
+    }
+    return values | ({"knn/student": subject.knn()["student"]} if subject.is_labelled() else {})
 
 
-def make_reader(config: TrainConfig, held_out: bool = False) -> TargetReader:
-    """The reader of the training views, or of the held-out ones."""
-    settings = config.training
-    sources = config.held_out_shards() if held_out else config.train_shards()
-    store = FeatureStore.open(config.store.url)
-    teachers = settings.teachers or store.teachers()
-    if not teachers:
-        raise UserError(f"store.url: {config.store.url!r} holds no teachers; run `rebroadcast extract` first")
-    settings.loss.require_known(teachers)
-    return TargetReader(store, sources, teachers, settings.resolution, settings.threads, settings.prefetch)
-
-
-def first_model(config: TrainConfig, reader: TargetReader) -> Distillation:
+def first_model(config: TrainConfig, groups: Sequence[Group]) -> Distillation:
     """The model before the first step of a run."""
-    model = untrained(config, reader.specs)
-    initialise(model, config, reader)
+    model = untrained(config, specs_of(groups))
+    initialise(model, config, groups)
     return model
 
 
-def initialise(model: Distillation, config: TrainConfig, reader: TargetReader) -> None:
+def initialise(model: Distillation, config: TrainConfig, groups: Sequence[Group]) -> None:
     """Give the heads the targets' scale, and the model what `start_from` names."""
-    for name, adaptor in model.adaptors.items():
-        assert isinstance(adaptor, Adaptor)
-        adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
+    for reader in (group.reader for group in groups):
+        for name in reader.teachers:
+            adaptor = model.adaptors[name]
+            assert isinstance(adaptor, Adaptor)
+            adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
     if config.training.start_from is not None:
         start_from(model, Path(config.training.start_from), config)
-
-
-def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (AM-RADIO section 4); no decay on norms, biases, tokens and position embeddings."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim < 2 or any(word in name.rsplit(".", 1)[-1] for word in UNDECAYED)
-        (others if exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
 
 
 def learning_rate(settings: TrainingConfig, step: int) -> float:

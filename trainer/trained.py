@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> TrainedStudent:
         metrics=metrics[-1] if metrics else {},
         files={},
     )
-    return _restore(card, checkpoint.student, checkpoint.adaptors)
+    return _restore(card, *checkpoint.evaluated())
 
 
 def write_student(student: TrainedStudent, url: str) -> None:

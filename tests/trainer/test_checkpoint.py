@@ -26,8 +26,7 @@ def _state(seed: int) -> dict[str, Any]:
     adaptors(student(torch.randn(5, 4))).square().sum().backward()
     optimizer.step()
     return {
-        "student": student.state_dict(),
-        "adaptors": adaptors.state_dict(),
+        "weights": {"student": student.state_dict(), "adaptors": adaptors.state_dict()},
         "optimizer_state": optimizer.state_dict(),
         "meta": {"position": seed * 32, "recipe": {"student": {"name": "é"}, "rate": 1e-3}},
     }
@@ -39,7 +38,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def _holds(path: Path | None, seed: int) -> bool:
     assert path is not None
-    return _same(load_checkpoint(path).student, _state(seed)["student"])
+    return _same(load_checkpoint(path).student, _state(seed)["weights"]["student"])
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -49,8 +48,8 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert path == tmp_path / "step-00000100"
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
     assert (loaded.step, loaded.meta) == (100, state["meta"])
-    assert _same(loaded.student, state["student"])
-    assert _same(loaded.adaptors, state["adaptors"])
+    assert _same(loaded.student, state["weights"]["student"])
+    assert _same(loaded.adaptors, state["weights"]["adaptors"])
     saved, found = state["optimizer_state"], loaded.optimizer_state
     assert found["param_groups"] == saved["param_groups"]
     assert all(_same(found["state"][i], saved["state"][i]) for i in saved["state"])
@@ -189,7 +188,7 @@ def test_what_stopped_torch_within_a_write_is_what_is_raised(
 def test_weights_that_share_memory_are_named(tmp_path: Path) -> None:
     weight = torch.randn(3, 4)
     with pytest.raises(UserError, match=r"student weights 'a' and 'b' share memory"):
-        save_checkpoint(tmp_path, 1, {"a": weight, "b": weight.T}, {}, {}, {})
+        save_checkpoint(tmp_path, 1, {"student": {"a": weight, "b": weight.T}}, {}, {})
     assert newest_checkpoint(tmp_path) is None
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +200,7 @@ def test_weights_of_any_layout_are_taken(tmp_path: Path) -> None:
         "none": torch.empty(0, 3),
         "n": torch.tensor(3),
     }
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, weights, {}, {}, {}))
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"student": weights, "adaptors": {}}, {}, {}))
     assert _same(loaded.student, weights)
     assert loaded.adaptors == {}
 

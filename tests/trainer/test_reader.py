@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.replay import CropReplay
+from trainer.groups import Group, Schedule
+from trainer.groups import batches as group_batches
 from trainer.order import global_batch
 from trainer.reader import Batch, TargetReader
 
@@ -33,8 +35,13 @@ def open_reader(recorded: Any, **kwargs: Any) -> TargetReader:
 def batches(
     reader: TargetReader, first: int, count: int, size: int, rank: int = 0, ranks: int = 1
 ) -> list[Batch]:
-    order = reader.order(SEED, block_rows=4, window_blocks=3)
-    return list(islice(reader.batches(order, size, first, rank, ranks), count))
+    return list(islice(stream(reader, size, first, rank, ranks), count))
+
+
+def stream(reader: TargetReader, size: int, first: int = 0, rank: int = 0, ranks: int = 1) -> Any:
+    """The batches of a single group, in the order of SEED."""
+    group = Group("all", reader, reader.order(SEED, block_rows=4, window_blocks=3), size, share=1)
+    return group_batches([group], Schedule([1], ranks), first, rank)
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
@@ -167,13 +174,13 @@ def test_no_more_batches_are_loaded_than_threads_and_prefetch(
 
     monkeypatch.setattr(TargetReader, "load", counted)
     reader = open_reader(recorded, threads=2, prefetch=3)
-    stream = reader.batches(reader.order(SEED, 4, 3), 4)
+    coming = stream(reader, 4)
     for taken in range(1, 8):
-        next(stream)
+        next(coming)
         while sum(1 for _ in iter(lambda: loaded.acquire(timeout=0.05), False)):
             pass
         assert len(begun) <= taken + 5 - 1
-    stream.close()
+    coming.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 

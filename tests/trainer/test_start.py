@@ -13,7 +13,8 @@ from storage_schemas.errors import UserError
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.distillation import start_from
-from trainer.train import first_model, make_reader, train
+from trainer.groups import open_groups
+from trainer.train import first_model, train
 
 
 def test_a_trained_student_gets_heads_for_more_teachers_and_keeps_those_it_has(
@@ -22,7 +23,7 @@ def test_a_trained_student_gets_heads_for_more_teachers_and_keeps_those_it_has(
     first = train(recorded.recipe(tmp_path / "one", teachers=["cnn"], steps=2))
     recipe = recorded.recipe(tmp_path / "two", start_from=str(first))
     config = TrainConfig.from_recipe(recipe)
-    before, now = load_checkpoint(first), first_model(config, make_reader(config))
+    before, now = load_checkpoint(first), first_model(config, open_groups(config))
     assert list(now.adaptors) == ["cnn", "vit"]
     heads = {name: value for name, value in now.adaptors.state_dict().items() if name.startswith("cnn.")}
     for mine, theirs in ((now.student.state_dict(), before.student), (heads, before.adaptors)):
@@ -36,7 +37,7 @@ def test_a_trained_student_gets_heads_for_more_teachers_and_keeps_those_it_has(
 def test_an_output_folder_stands_for_its_newest_checkpoint(recorded: Any, tmp_path: Path) -> None:
     first = train(recorded.recipe(tmp_path / "one", steps=2))
     config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "two", start_from=str(first.parent)))
-    model, before = first_model(config, make_reader(config)), load_checkpoint(first)
+    model, before = first_model(config, open_groups(config)), load_checkpoint(first)
     assert all(torch.equal(model.student.state_dict()[name], value) for name, value in before.student.items())
 
 
@@ -59,9 +60,10 @@ def test_resuming_needs_no_longer_what_was_started_from(recorded: Any, tmp_path:
 
 def test_first_outputs_are_of_the_targets_scale(recorded: Any, tmp_path: Path) -> None:
     config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "out"))
-    reader = make_reader(config)
-    predicted = first_model(config, reader)(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8))
+    groups = open_groups(config)
+    predicted = first_model(config, groups).predict(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8))
     for name, output in predicted.items():
+        reader = groups[0].reader
         for kind, known in reader.store.moments(name, reader.shards).items():
             power = getattr(output, kind).square().sum(-1).mean().item()
             expected = float((known.mean**2).sum() + known.covariance.trace())

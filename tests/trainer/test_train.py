@@ -26,18 +26,12 @@ from storage_schemas.features import TeacherOutput
 from trainer.checkpoint import load_checkpoint, newest_checkpoint
 from trainer.config import TrainConfig
 from trainer.distributed import World
+from trainer.groups import batches, count_valid, open_groups, ranks_by_teacher, schedule_of
+from trainer.learner import Learner, make_optimizer
 from trainer.metrics import read_metrics
 from trainer.reader import Batch, TargetReader
 from trainer.students import create_student
-from trainer.train import (
-    first_model,
-    learning_rate,
-    make_optimizer,
-    make_reader,
-    seed_step,
-    train,
-    training_step,
-)
+from trainer.train import first_model, learning_rate, seed_step, train
 
 ROOT = Path(__file__).parents[2]
 CPU = World(0, 1, 0, torch.device("cpu"))
@@ -247,7 +241,7 @@ def test_two_ranks_learn_what_one_does(recorded: Any, tmp_path: Path) -> None:
     """With rows that are invalid for one teacher spread unevenly over the ranks."""
     recipe = recorded.recipe(tmp_path / "one", steps=6)
     config = TrainConfig.from_recipe(recipe)
-    shares = [rank_valid(make_reader(config), config, rank) for rank in range(2)]
+    shares = [rank_valid(config, rank) for rank in range(2)]
     assert shares[0] != shares[1]
     alone = train(recipe)
     together = torchrun(recorded.recipe(tmp_path / "two", steps=6), tmp_path, ranks=2)
@@ -262,17 +256,16 @@ def test_two_ranks_learn_what_one_does(recorded: Any, tmp_path: Path) -> None:
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
 
 
-def rank_valid(reader: TargetReader, config: TrainConfig, rank: int) -> list[int]:
-    settings = config.training
-    order = reader.order(settings.seed, settings.block_rows, settings.window_blocks)
-    stream = reader.batches(order, settings.batch_size, 0, rank, 2)
-    return [int(batch.valid["vit"].sum()) for batch in islice(stream, settings.steps)]
+def rank_valid(config: TrainConfig, rank: int) -> list[int]:
+    groups = open_groups(config)
+    stream = batches(groups, schedule_of(groups, 2, config), 0, rank)
+    return [int(batch.valid["vit"].sum()) for batch in islice(stream, config.training.steps)]
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(recorded: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    reader = make_reader(TrainConfig.from_recipe(recorded.recipe(tmp_path)))
-    with pytest.raises(UserError, match="batch_size 7 must be a multiple of the 2 ranks"):
-        next(reader.batches(reader.order(0, 4, 3), 7, 0, 0, 2))
+def test_a_batch_that_ranks_cannot_share_is_refused(recorded: Any, tmp_path: Path) -> None:
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path, batch_size=7))
+    with pytest.raises(UserError, match=r"training\.batch_size: 7 must .* the 2 ranks; give 6 or 8"):
+        schedule_of(open_groups(config), 2, config)
 
 
 # Against teachers in the loop
@@ -300,19 +293,20 @@ def _crop(recorded: Any, reader: TargetReader, view: list[int]) -> torch.Tensor:
 def test_stored_targets_train_as_live_teachers_do(recorded: Any, tmp_path: Path) -> None:
     """A CNN and a ViT at once, step by step, within the rounding of fp16."""
     config = TrainConfig.from_recipe(recorded.recipe(tmp_path, steps=12, warmup=0))
-    settings, reader = config.training, make_reader(config)
+    settings, groups = config.training, open_groups(config)
+    schedule, reader = schedule_of(groups, 1, config), groups[0].reader
     losses: dict[str, list[float]] = {}
     for mode in ("stored", "live"):
-        model = first_model(config, reader)
-        optimizer = make_optimizer(model, settings)
-        batches = reader.batches(reader.order(0, 4, 3), settings.batch_size)
-        for step, batch in enumerate(islice(batches, settings.steps)):
+        learner = Learner(first_model(config, groups), settings, CPU)
+        stream = batches(groups, schedule)
+        for step, batch in enumerate(islice(stream, settings.steps)):
             seed_step(settings.seed, step, 0)
             given = live_batch(recorded, reader, batch) if mode == "live" else batch
-            rate = learning_rate(settings, step)
-            found, _ = training_step(model, optimizer, given, rate, settings, CPU)
+            counts, _ = count_valid(given, learner.model.specs, stop=False)
+            ranks = ranks_by_teacher(groups, schedule, step)
+            found, _ = learner.step(given, learning_rate(settings, step), counts, ranks)
             losses.setdefault(mode, []).append(float(found.total))
-        batches.close()
+        stream.close()
     assert losses["stored"] == pytest.approx(losses["live"], rel=1e-3)
     assert losses["stored"][-1] < losses["stored"][0]
 
@@ -441,7 +435,7 @@ def test_a_teacher_of_weight_zero_teaches_nothing(recorded: Any, tmp_path: Path)
     loss = {"summary_weight": {"cnn": 0}, "spatial_weight": {"cnn": 0}}
     path = train(recorded.recipe(tmp_path / "a", steps=3, loss=loss, clip=None, weight_decay=0))
     config = TrainConfig.from_recipe(recorded.recipe(tmp_path / "a"))
-    start = first_model(config, make_reader(config)).adaptors.state_dict()
+    start = first_model(config, open_groups(config)).adaptors.state_dict()
     trained = load_checkpoint(path).adaptors
     assert all(torch.equal(trained[name], start[name]) for name in trained if name.startswith("cnn."))
     assert not all(torch.equal(trained[name], start[name]) for name in trained if name.startswith("vit."))

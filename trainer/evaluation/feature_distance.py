@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,11 @@ from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
 from trainer.config import LossConfig
-from trainer.distillation import distillation_losses
+from trainer.distillation import loss_terms, teacher_of
+from trainer.losses import mean_over_valid
 from trainer.reader import TargetReader
 
-Predict = Callable[[Tensor], dict[str, TeacherOutput]]
+Predict = Callable[[Tensor, Collection[str]], Mapping[str, TeacherOutput]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ def feature_distances(
 ) -> dict[str, dict[str, FeatureDistance]]:
     """Of each predictor to each teacher, over all the reader's views, which are read once.
 
-    A predictor takes uint8 b 3 height width. UserError where no view has features of a teacher.
+    A predictor takes uint8 b 3 height width and the names of teachers. UserError where no view has features
+    of a teacher.
     """
     sums: dict[tuple[str, str], float] = {}
     views = dict.fromkeys(reader.teachers, 0)
@@ -45,9 +47,10 @@ def feature_distances(
         batch = batch.to(device)
         for who, predict in predictors.items():
             with torch.inference_mode():
-                losses = distillation_losses(predict(batch.images), batch.targets, batch.valid, loss, _one)
-            for term, value in losses.terms.items():
-                sums[who, term] = sums.get((who, term), 0.0) + float(value)
+                terms = loss_terms(predict(batch.images, reader.teachers), batch.targets, batch.valid, loss)
+            for term, values in terms.items():
+                total = mean_over_valid(values, batch.valid[teacher_of(term)], total_valid=1.0)
+                sums[who, term] = sums.get((who, term), 0.0) + float(total)
         for teacher in views:
             views[teacher] += int(batch.valid[teacher].sum())
         on_views(len(batch.views))
@@ -61,11 +64,6 @@ def feature_distances(
         }
         for who in predictors
     }
-
-
-def _one(valid: Tensor) -> Tensor:
-    """What losses are divided by: sums add up over batches that differ in size, means do not."""
-    return torch.ones((), device=valid.device)
 
 
 def mean_predictor(
@@ -85,11 +83,11 @@ def mean_predictor(
         grid = (1, spec.grid.height, spec.grid.width, -1)
         answers[name] = TeacherOutput(summary.expand(1, -1), spatial.expand(grid))
 
-    def predict(images: Tensor) -> dict[str, TeacherOutput]:
-        b = len(images)
+    def predict(images: Tensor, teachers: Collection[str]) -> dict[str, TeacherOutput]:
+        b, known = len(images), {name: answers[name] for name in teachers}
         return {
             name: TeacherOutput(a.summary.expand(b, -1), a.spatial.expand(b, -1, -1, -1))
-            for name, a in answers.items()
+            for name, a in known.items()
         }
 
     return predict

@@ -30,9 +30,10 @@ from trainer.evaluation.report_values import (
     Picture,
 )
 from trainer.evaluation.report_words import HELD_OUT_TITLES
+from trainer.groups import open_groups
 from trainer.metrics import read_metrics
 from trainer.reader import TargetReader
-from trainer.train import first_model, make_reader
+from trainer.train import first_model
 
 CPU = torch.device("cpu")
 PANELS = 3  # images shown of each held-out shard
@@ -49,11 +50,12 @@ def make_showcase(
     """
     config = TrainConfig.from_recipe(recipe)
     model = load_distillation(checkpoint)[0]
-    train = make_reader(config)
+    groups = open_groups(config)
+    [train] = (group.reader for group in groups)
     metrics = read_metrics(Path(config.training.output))
     predictors: dict[str, Predict] = {
-        "before": first_model(config, train).eval(),
-        "after": model,
+        "before": first_model(config, groups).eval().predict,
+        "after": model.predict,
         "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
     }
     bank = _first_views(model, train)
@@ -98,7 +100,7 @@ def _stored_bytes(store: FeatureStore, teacher: str) -> int:
 def _held_out(
     shard: str, config: TrainConfig, model: Distillation, predictors: Mapping[str, Predict], bank: _Views
 ) -> HeldOut:
-    reader = make_reader(config, held_out=True)
+    [reader] = (group.reader for group in open_groups(config, held_out=True))
     found = feature_distances(predictors, reader, BATCH, CPU, config.training.loss)
     queries = _first_views(model, reader)
     shown = np.linspace(0, len(queries.names) - 1, min(PANELS, len(queries.names))).astype(int).tolist()
@@ -136,7 +138,7 @@ def _first_views(model: Distillation, reader: TargetReader) -> _Views:
         images.append(batch.images)
         targets.append(batch.targets)
         with torch.inference_mode():
-            predicted.append(model(batch.images))
+            predicted.append(model.predict(batch.images))
     return _Views(names, torch.cat(images), _joined(targets), _joined(predicted))
 
 

@@ -19,7 +19,8 @@ from trainer.evaluation.feature_distance import FeatureDistance, Predict, featur
 from trainer.evaluation.knn import knn_accuracy
 from trainer.evaluation.summaries import Summaries, student_summaries, teacher_summaries
 from trainer.evaluation.throughput import Throughput, measure_throughput
-from trainer.train import make_reader
+from trainer.groups import open_groups
+from trainer.reader import TargetReader
 
 OnViews = Callable[[int], None]
 
@@ -63,16 +64,34 @@ class Subject:
         store = FeatureStore.open(config.store.url)
         result = {
             name: self._top1(teacher_summaries(store, name, bank), teacher_summaries(store, name, queries))
-            for name in config.training.teachers or store.teachers()
+            for group in config.training.teacher_groups(store.teachers()).values()
+            for name in group.teachers
         }
         if self.model is not None:
             student, size = self.model.student.to(self.device), config.evaluation.batch_size
             found = [
-                student_summaries(student, make_reader(config, held_out), size, self.device, on_views)
+                student_summaries(student, self._images(held_out), size, self.device, on_views)
                 for held_out in (False, True)
             ]
             result["student"] = self._top1(*found)
         return result
+
+    def _images(self, held_out: bool) -> TargetReader:
+        """A reader of the views of all groups, at the resolution of `training`."""
+        training = self.config.training
+        names = tuple(name for group in training.groups.values() for name in group.teachers)
+        if names:
+            training = training.model_copy(update={"groups": {}, "teachers": names})
+        [group] = open_groups(self.config.model_copy(update={"training": training}), held_out)
+        return group.reader
+
+    def is_labelled(self) -> bool:
+        """Whether k-NN can be counted: some images have labels, of `data.train` and of `data.held_out`."""
+        store = FeatureStore.open(self.config.store.url)
+        return all(
+            any(store.views(shard)["label"].null_count < store.views(shard).num_rows for shard in shards)
+            for shards in (self.config.train_shards(), self.config.held_out_shards())
+        )
 
     def _top1(self, bank: Summaries, queries: Summaries) -> float:
         settings = self.config.evaluation
@@ -85,14 +104,20 @@ class Subject:
 
     def distance(self, on_views: OnViews = lambda count: None) -> dict[str, dict[str, FeatureDistance]]:
         """To each teacher on the held-out views, of the student and of a constant: the teacher's mean."""
-        config, reader = self.config, make_reader(self.config, held_out=True)
-        predictors: dict[str, Predict] = {
-            "constant": mean_predictor(reader.store, reader.teachers, [*config.train_shards()], self.device)
-        }
-        if self.model is not None:
-            predictors["student"] = self.model.to(self.device)
-        size, loss = config.evaluation.batch_size, config.training.loss
-        return feature_distances(predictors, reader, size, self.device, loss, on_views)
+        config, size = self.config, self.config.evaluation.batch_size
+        shards, found = [*config.train_shards()], dict[str, dict[str, FeatureDistance]]()
+        for reader in (group.reader for group in open_groups(config, held_out=True)):
+            predictors: dict[str, Predict] = {
+                "constant": mean_predictor(reader.store, reader.teachers, shards, self.device)
+            }
+            if self.model is not None:
+                predictors["student"] = self.model.to(self.device).predict
+            loss = config.training.loss
+            for who, by_teacher in feature_distances(
+                predictors, reader, size, self.device, loss, on_views
+            ).items():
+                found.setdefault(who, {}).update(by_teacher)
+        return found
 
     def throughput(self, batch_size: int) -> Throughput:
         """Of the student's forward pass at the training resolution."""

@@ -57,7 +57,7 @@ def student_summaries(
     """Of the backbone (AM-RADIO evaluates that, not the adaptors), at the reader's resolution."""
     found, views = [torch.empty(0, student.summary_dim)], []
     with torch.inference_mode():
-        for batch in reader.in_order(batch_size, view=0):
+        for batch in reader.in_order(batch_size, view=0, targets=False):
             found.append(student(batch.images.to(device).float() / 255).summary.float().cpu())
             views += [(reader.shards[shard], row) for shard, row in batch.views.tolist()]
             on_views(len(batch.views))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def recalling(reader: TargetReader, batch_size: int) -> Predict:
     """Answers each batch with its own targets, and rows without any with something finite."""
     batches: Iterator[Any] = reader.in_order(batch_size)
 
-    def predict(images: torch.Tensor) -> dict[str, TeacherOutput]:
+    def predict(images: torch.Tensor, teachers: Collection[str]) -> dict[str, TeacherOutput]:
         targets = next(batches).targets
         return {
             name: TeacherOutput(t.summary.float().nan_to_num(1.0), t.spatial.float().nan_to_num(1.0))
@@ -76,7 +76,9 @@ def cosine_distance(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndar
 
 
 def test_the_mean_predictor_says_the_same_of_every_place_of_every_image(recorded: Any) -> None:
-    answers = mean_predictor(recorded.store, TEACHERS, ["train-0", "train-1"], CPU)(torch.zeros(3, 3, 8, 8))
+    answers = mean_predictor(recorded.store, TEACHERS, ["train-0", "train-1"], CPU)(
+        torch.zeros(3, 3, 8, 8), TEACHERS
+    )
     for teacher in TEACHERS:
         spec, moments = recorded.store.spec(teacher), recorded.store.moments(teacher, ["train-0", "train-1"])
         spatial = answers[teacher].spatial
