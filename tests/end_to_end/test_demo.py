@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
+import cli.demo
 from trainer.evaluation import report as page
 from trainer.evaluation.report_values import DemoReport
 
@@ -30,10 +31,10 @@ SMALL = {
 
 @pytest.fixture
 def small_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo reads its recipe beside cli.py: let it find a scaled-down one there."""
+    """The demo reads its recipe beside the package `cli`: let it find a scaled-down one there."""
     import yaml
 
-    recipe = yaml.safe_load((Path(cli.__file__).parent / "recipes/demo.yaml").read_text())
+    recipe = yaml.safe_load((Path(cli.demo.__file__).parents[1] / "recipes/demo.yaml").read_text())
     for key, value in SMALL.items():
         section, _, name = key.partition(".")
         if name:
@@ -42,7 +43,7 @@ def small_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             recipe[section] = value
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/demo.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr(cli.demo, "__file__", str(tmp_path / "cli/demo.py"))
 
 
 @pytest.mark.usefixtures("small_recipe")
@@ -81,7 +82,7 @@ def test_the_demo_ends_with_a_page_that_says_what_was_measured(
 
 
 def test_without_recipes_beside_it_the_demo_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr(cli.demo, "__file__", str(tmp_path / "cli/demo.py"))
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1

@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import cli
+import cli.console
 from storage_schemas.store import FeatureStore
 from trainer.evaluation.knn import knn_accuracy
 
@@ -261,7 +262,7 @@ def test_an_interruption_is_one_line_and_exit_130(project: Project, monkeypatch:
 
 
 def test_a_narrow_terminal_cuts_no_figure(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "out", Console(width=60))
+    monkeypatch.setattr(cli.console, "out", Console(width=60))
     shown = succeed("inspect", project.folder / "store")
     assert "…" not in shown
 
