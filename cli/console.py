@@ -113,6 +113,8 @@ def show_metrics(advance: Advance, start: Start, steps: int) -> Callable[[Any], 
             start(steps)
         rate, wait = metrics.images_per_second, metrics.data_wait
         text = f"loss {metrics.loss:.4f}, {rate:.0f} views/s, {wait:.0%} waiting"
+        if metrics.corrupt_rows:
+            text += f", {metrics.corrupt_rows} rows left out as damaged"
         advance(metrics.step - done, text)
         done = metrics.step
 

@@ -9,24 +9,40 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.console import AsJson, Overrides, RecipePath, out, print_json, print_table, progress, show_metrics
+from cli.console import (
+    AsJson,
+    Overrides,
+    RecipePath,
+    complain,
+    out,
+    print_json,
+    print_table,
+    progress,
+    show_metrics,
+)
 from storage_schemas.recipe import read_recipe
 
 
 def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    on_corrupt: Annotated[
+        Literal["stop", "skip"] | None, typer.Option(help="What a row that does not hold does to the run.")
+    ] = None,
     overrides: Overrides = [],
 ) -> None:
     """Train the recipe's student from the store. Under torchrun, every rank runs this."""
     from trainer.config import TrainConfig
     from trainer.train import train as run
 
-    sections = read_recipe(recipe, overrides)
+    flags = [] if on_corrupt is None else [f"training.on_corrupt={on_corrupt}"]
+    sections = read_recipe(recipe, [*overrides, *flags])
     steps = TrainConfig.from_recipe(sections).training.steps
     with progress("training", "steps") as (advance, start):
         checkpoint = run(sections, resume, on_metrics=show_metrics(advance, start, steps))
     if os.environ.get("RANK", "0") == "0":
+        if checkpoint.name != f"step-{steps:08d}":
+            complain(f"stopped by SIGTERM at {checkpoint.name}: run it again with --resume to go on")
         out.print(str(checkpoint), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -119,7 +119,8 @@ def schedule_of(groups: Sequence[Group], ranks: int, config: TrainConfig) -> Sch
         of, pieces = schedule.ranks_of(place), settings.accumulate
         if group.batch_size % (of * pieces):
             field = f"training.groups.{group.name}.batch_size" if settings.groups else "training.batch_size"
-            by = f"the {of} ranks" + (f" times training.accumulate {pieces}" if pieces > 1 else "")
+            by = f"the {of} rank{'s' * (of > 1)}"
+            by += f" times training.accumulate {pieces}" if pieces > 1 else ""
             lower = group.batch_size // (of * pieces) * of * pieces
             fitting = [str(size) for size in (lower, lower + of * pieces) if size]
             raise UserError(
