@@ -64,10 +64,10 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     ranks. learning_rate: warmed up linearly for `warmup` steps, then a cosine to zero at `steps`. clip: of
     the gradient norm, none if null. start_from: a checkpoint's folder, whose student, and whose heads for the
     teachers it has, this run starts from; teachers it has not get new heads. adaptor_hidden, adaptor_blocks:
-    hidden width and residual blocks of the heads; see `trainer.adaptors`. block_rows, window_blocks: of the
-    block shuffle. threads: that load batches, each a whole batch; up to `threads + prefetch` batches
-    are in memory. log_every: steps between lines of metrics; each checkpoint has a line too. keep: newest
-    checkpoints to keep.
+    hidden width and residual blocks of the heads; see `trainer.adaptors`. normalizer: of the targets, before
+    the loss; see `trainer.normalizers`. block_rows, window_blocks: of the block shuffle. threads: that load
+    batches, each a whole batch; up to `threads + prefetch` batches are in memory. log_every: steps between
+    lines of metrics; each checkpoint has a line too. keep: newest checkpoints to keep.
     """
 
     output: str = Field(min_length=1)
@@ -84,6 +84,7 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     start_from: str | None = None
     adaptor_hidden: Positive | None = None
     adaptor_blocks: int = Field(0, ge=0)
+    normalizer: Literal["none", "standardize", "phi_s"] = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     device: str = "auto"

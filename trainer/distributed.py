@@ -54,6 +54,13 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """What `wrap` was given."""
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over ranks, on every rank, outside of autograd."""
     total = tensor.detach().clone()

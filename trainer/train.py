@@ -23,12 +23,12 @@ from storage_schemas.store import FeatureStore
 from trainer.adaptors import Adaptor
 from trainer.config import TrainConfig, TrainingConfig
 from trainer.distillation import Distillation, Losses, distillation_losses, start_from, untrained
-from trainer.distributed import World, all_sum, launch, wrap
+from trainer.distributed import World, all_sum, launch, unwrap, wrap
 from trainer.metrics import Meter, MetricsLog, StepMetrics
 from trainer.reader import Batch, TargetReader
 from trainer.run import Run, require_writable
 
-MOMENT_SHARDS = 8  # enough for the scale of the targets; a covariance a shard is read
+MOMENT_SHARDS = 64  # at most, spread evenly over the store: of each, two covariances a teacher are read
 UNDECAYED = ("token", "position", "pos_embed")  # in the last part of a parameter's name
 
 
@@ -98,8 +98,11 @@ def training_step(
         group["lr"] = rate
     with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         predicted = model(batch.images)
+    distillation = unwrap(model)
+    assert isinstance(distillation, Distillation)
+    targets = distillation.normalize(batch.targets)
     losses = distillation_losses(
-        predicted, batch.targets, batch.valid, settings.loss, lambda valid: all_sum(valid.sum()) / world.size
+        predicted, targets, batch.valid, settings.loss, lambda valid: all_sum(valid.sum()) / world.size
     )
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
@@ -128,10 +131,11 @@ def first_model(config: TrainConfig, reader: TargetReader) -> Distillation:
 
 
 def initialise(model: Distillation, config: TrainConfig, reader: TargetReader) -> None:
-    """Give the heads the targets' scale, and the model what `start_from` names."""
+    """Fit the normalizers, give the heads the targets' scale, and the model what `start_from` names."""
+    sample = reader.shards[:: math.ceil(len(reader.shards) / MOMENT_SHARDS)]
     for name, adaptor in model.adaptors.items():
         assert isinstance(adaptor, Adaptor)
-        adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
+        adaptor.match(reader.store.moments(name, sample))
     if config.training.start_from is not None:
         start_from(model, Path(config.training.start_from), config)
 

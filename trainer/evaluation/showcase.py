@@ -52,7 +52,7 @@ def make_showcase(
     train = make_reader(config)
     metrics = read_metrics(Path(config.training.output))
     predictors: dict[str, Predict] = {
-        "before": first_model(config, train).eval(),
+        "before": first_model(config, train).fold().eval(),
         "after": model,
         "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
     }
