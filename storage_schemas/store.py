@@ -205,10 +205,13 @@ class FeatureStore:
         shards: only these, if given. UserError if there is none.
         """
         chosen = self.shards(teacher) if shards is None else shards
-        parts = [self.part(teacher, shard).moments() for shard in chosen]
-        if not parts:
+        if not chosen:
             raise UserError(f"teacher: {teacher!r} has no recorded shard in {self.url!r}")
-        return {name: Moments.merge(part[name] for part in parts) for name in ("summary", "spatial")}
+        total: dict[str, Moments] = {}
+        for shard in chosen:  # one at a time: their covariances are large
+            for name, found in self.part(teacher, shard).moments().items():
+                total[name] = Moments.merge((total[name], found)) if name in total else found
+        return total
 
     def verify(self, teacher: str, shard: str) -> list[str]:
         """Every digest and row count of one commit; one line for each thing that does not hold."""

@@ -102,12 +102,13 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     of the average of the weights, which is then evaluated and exported; none if null. start_from: a
     checkpoint's folder, whose student, and whose heads for the teachers it has, this run starts from;
     teachers it has not get new heads. adaptor_hidden, adaptor_blocks: hidden width and residual blocks of the
-    heads; see `trainer.adaptors`. block_rows, window_blocks: of the block shuffle. threads: that load
-    batches, each a whole batch; up to `threads + prefetch` batches are in memory. on_corrupt: what is done
-    with a row whose checksum does not hold: end the run, or leave the row out and count it. log_every,
-    evaluate_every: steps between lines of metrics, and between evaluations on the held-out views; each
-    checkpoint has a line too. keep: newest checkpoints to keep. wandb: a project of Weights & Biases that is
-    told the metrics, too.
+    heads; see `trainer.adaptors`. normalizer: of the targets, before the loss; see `trainer.normalizers`.
+    balancing: of the terms of the loss; see `trainer.balancing`. block_rows, window_blocks: of the block
+    shuffle. threads: that load batches, each a whole batch; up to `threads + prefetch` batches are in memory.
+    on_corrupt: what is done with a row whose checksum does not hold: end the run, or leave the row out and
+    count it. log_every, evaluate_every: steps between lines of metrics, and between evaluations on the
+    held-out views; each checkpoint has a line too. keep: newest checkpoints to keep. wandb: a project of
+    Weights & Biases that is told the metrics, too.
     """
 
     output: str = Field(min_length=1)
@@ -131,6 +132,7 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
     start_from: str | None = None
     adaptor_hidden: Positive | None = None
     adaptor_blocks: int = Field(0, ge=0)
+    normalizer: Literal["none", "standardize", "phi_s"] = "none"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     device: str = "auto"

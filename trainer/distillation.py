@@ -41,6 +41,7 @@ class Distillation(nn.Module):
         specs: Mapping[str, TeacherSpec],
         adaptor_hidden: int | None = None,
         adaptor_blocks: int = 0,
+        normalizer: str = "none",
         balancing: Balancing | None = None,
     ) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class Distillation(nn.Module):
                     spec.spatial_dim,
                     adaptor_hidden,
                     adaptor_blocks,
+                    normalizer,
                 )
                 for name, spec in specs.items()
             }
@@ -81,6 +83,22 @@ class Distillation(nn.Module):
         others = (head for name, head in self.adaptors.items() if name not in teachers)
         return [parameter for head in others for parameter in head.parameters()]
 
+    def normalize(self, targets: Mapping[str, TeacherOutput]) -> dict[str, TeacherOutput]:
+        """Some teachers' features as the adaptors predict them in training, which is what losses compare."""
+        normalized = {}
+        for name, target in targets.items():
+            adaptor = self.adaptors[name]
+            assert isinstance(adaptor, Adaptor)
+            normalized[name] = adaptor.normalize(target)
+        return normalized
+
+    def fold(self) -> Distillation:
+        """The same model, its adaptors from now on at the teachers' own scale: what evaluation takes."""
+        for adaptor in self.adaptors.values():
+            assert isinstance(adaptor, Adaptor)
+            adaptor.fold()
+        return self
+
 
 def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distillation:
     """The recipe's student and its adaptors, with weights from the recipe's seed."""
@@ -91,15 +109,15 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
         terms = [f"{name}/{kind}" for name in specs for kind in ("summary", "spatial")]
         weighed = [term for term in terms if training.loss.weight(term)]
         balancing = create_balancing(training.balancing, weighed, student.summary_dim)
-        heads = (training.adaptor_hidden, training.adaptor_blocks)
+        heads = (training.adaptor_hidden, training.adaptor_blocks, training.normalizer)
         model = Distillation(student, specs, *heads, balancing)
     student.grid(*config.training.resolution)  # UserError where they do not fit
     return model
 
 
 def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
-    """The trained student and adaptors of a checkpoint's folder, in evaluation mode, and the recipe they are
-    of.
+    """The trained student and adaptors of a checkpoint's folder, in evaluation mode and folded, and the
+    recipe they are of.
     """
     checkpoint = load_checkpoint(path)
     recipe = checkpoint.meta["recipe"]
@@ -109,19 +127,22 @@ def load_distillation(path: Path) -> tuple[Distillation, dict[str, Any]]:
     student, adaptors = checkpoint.evaluated()
     model.student.load_state_dict(student)
     model.adaptors.load_state_dict(adaptors)
-    return model.eval(), recipe
+    return model.fold().eval(), recipe
 
 
 def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
-    """Give `model` the student of a checkpoint, and its heads for the teachers that both have.
+    """Give `model` the student of a checkpoint, and its adaptors, normalizers and all, for the teachers that
+    both have.
 
-    UserError where there is none at `path`, or it is of another student, or its heads are of other shapes.
+    UserError where there is none at `path`, or it is of another student, or its heads are of other shapes or
+    learned from targets that were normalised otherwise.
     """
     found = find_checkpoint(path)
     if found is None:
         raise UserError(f"training.start_from: {str(path)!r} holds no checkpoint; give the folder of one")
     checkpoint = load_checkpoint(found)
-    theirs = TrainConfig.from_recipe(checkpoint.meta["recipe"]).student
+    before = TrainConfig.from_recipe(checkpoint.meta["recipe"])
+    theirs = before.student
     if theirs != config.student:
         ours = config.student
         raise UserError(
@@ -129,6 +150,11 @@ def start_from(model: Distillation, path: Path, config: TrainConfig) -> None:
             f"the recipe has {ours.name!r} with {ours.settings}"
         )
     known = {name: head for name, head in model.adaptors.items() if name in checkpoint.meta["teachers"]}
+    if known and before.training.normalizer != config.training.normalizer:
+        raise UserError(
+            f"training.normalizer: {str(path)!r} of training.start_from has {before.training.normalizer!r}, "
+            f"the recipe has {config.training.normalizer!r}; heads for {', '.join(known)} fit only the former"
+        )
     heads = nn.ModuleDict(known)
     student, adaptors = checkpoint.evaluated()
     weights = {key: value for key, value in adaptors.items() if key.split(".")[0] in known}

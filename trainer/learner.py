@@ -78,7 +78,8 @@ class Learner:
         half = settings.precision == "bfloat16"
         with torch.autocast(self._world.device.type, torch.bfloat16, enabled=half):
             predicted = self._replica(batch.images, tuple(batch.targets))
-        terms = loss_terms(predicted.by_teacher, batch.targets, batch.valid, settings.loss)
+        targets = self.model.normalize(batch.targets)
+        terms = loss_terms(predicted.by_teacher, targets, batch.valid, settings.loss)
         balance = self.model.balancing.weigh([*terms], predicted.summary)
         balance = Weights(balance.factors, balance.penalty / pieces)
         losses = weighted_sum(terms, batch.valid, shares, settings.loss, balance)
@@ -106,10 +107,10 @@ class Learner:
         )
 
     def evaluated(self) -> Distillation:
-        """A copy of the model to evaluate: of its averaged weights where there are any."""
+        """A copy of the model to evaluate, folded: of its averaged weights where there are any."""
         model = deepcopy(self.model if self.average is None else self.average.module)
         assert isinstance(model, Distillation)
-        return model.eval()
+        return model.fold().eval()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """State dicts of a checkpoint, by the names of their files."""

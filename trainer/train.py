@@ -38,7 +38,7 @@ from trainer.learner import Learner
 from trainer.metrics import Diverged, Meter, MetricsLog, StepMetrics
 from trainer.run import Run, StopSignal, require_writable
 
-MOMENT_SHARDS = 8  # enough for the scale of the targets; a covariance a shard is read
+MOMENT_SHARDS = 64  # at most, spread evenly over the store: of each, two covariances a teacher are read
 
 
 def train(
@@ -123,12 +123,13 @@ def first_model(config: TrainConfig, groups: Sequence[Group]) -> Distillation:
 
 
 def initialise(model: Distillation, config: TrainConfig, groups: Sequence[Group]) -> None:
-    """Give the heads the targets' scale, and the model what `start_from` names."""
+    """Fit the normalizers, give the heads the targets' scale, and the model what `start_from` names."""
     for reader in (group.reader for group in groups):
+        sample = reader.shards[:: math.ceil(len(reader.shards) / MOMENT_SHARDS)]
         for name in reader.teachers:
             adaptor = model.adaptors[name]
             assert isinstance(adaptor, Adaptor)
-            adaptor.match(reader.store.moments(name, reader.shards[:MOMENT_SHARDS]))
+            adaptor.match(reader.store.moments(name, sample))
     if config.training.start_from is not None:
         start_from(model, Path(config.training.start_from), config)
 

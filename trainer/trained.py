@@ -83,7 +83,7 @@ class TrainedStudent(Student):
 
 
 def read_checkpoint(path: Path) -> TrainedStudent:
-    """The student of a checkpoint's folder, in evaluation mode."""
+    """The student of a checkpoint's folder, in evaluation mode, its heads at the teachers' own scale."""
     checkpoint = load_checkpoint(path)
     config = TrainConfig.from_recipe(checkpoint.meta["recipe"])
     metrics = [line for line in read_metrics(path.parent) if line["step"] == checkpoint.step]
@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> TrainedStudent:
         metrics=metrics[-1] if metrics else {},
         files={},
     )
-    return _restore(card, *checkpoint.evaluated())
+    return _restore(card, *checkpoint.evaluated(), config.training.normalizer)
 
 
 def write_student(student: TrainedStudent, url: str) -> None:
@@ -135,15 +135,17 @@ def load_student(url: str) -> TrainedStudent:
     return _restore(card, weights[STUDENT], weights[ADAPTORS])
 
 
-def _restore(card: Card, student: dict[str, Tensor], adaptors: dict[str, Tensor]) -> TrainedStudent:
+def _restore(
+    card: Card, student: dict[str, Tensor], adaptors: dict[str, Tensor], normalizer: str = "none"
+) -> TrainedStudent:
     backbone = create_student(card.name, resolution=card.resolution, **card.settings)
-    model = Distillation(backbone, card.teachers, card.adaptor_hidden, card.adaptor_blocks)
+    model = Distillation(backbone, card.teachers, card.adaptor_hidden, card.adaptor_blocks, normalizer)
     try:
         model.student.load_state_dict(student)
         model.adaptors.load_state_dict(adaptors)
     except RuntimeError as error:
         raise DataDamage(f"student: the weights are not those of a {card.name!r} ({error})") from error
-    return TrainedStudent(model.student, model.adaptors, card).eval()
+    return TrainedStudent(model.student, model.fold().adaptors, card).eval()
 
 
 def _read(objects: Objects, name: str, expected: str | None) -> dict[str, Tensor]:

@@ -67,6 +67,25 @@ def test_a_loaded_student_is_the_trained_one(
     assert card["metrics"]["step"] == 2
 
 
+@pytest.mark.parametrize("normalizer", ["standardize", "phi_s"])
+def test_an_exported_student_speaks_at_its_teachers_own_scale(
+    recorded: Any, tmp_path: Path, normalizer: str
+) -> None:
+    recipe = recorded.recipe(tmp_path / "run", steps=2, normalizer=normalizer)
+    checkpoint, images = train(recipe), torch.rand(2, 3, 32, 32)
+    export_student(checkpoint, "safetensors", str(tmp_path / "student"))
+    loaded, (model, _) = load_student(str(tmp_path / "student")), load_distillation(checkpoint)
+    assert not [name for name in loaded.state_dict() if "normalizers" in name]
+    for teacher, adaptor in model.adaptors.items():
+        found, expected = loaded.adapt(teacher)(images), adaptor(model.student(images))
+        assert torch.equal(found.summary, expected.summary)
+        assert torch.equal(found.spatial, expected.spatial)
+        known = recorded.store.moments(teacher, ["train-0", "train-1"])["spatial"]
+        power = expected.spatial.square().sum(-1).mean().item()
+        truth = float((known.mean**2).sum() + known.covariance.trace())
+        assert 0.2 * truth < power < 5 * truth
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("to", SUFFIXES)
 def test_what_is_written_runs_without_the_project(

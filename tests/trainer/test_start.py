@@ -50,6 +50,21 @@ def test_what_cannot_be_started_from_is_one_line(recorded: Any, tmp_path: Path) 
         train(recorded.recipe(tmp_path / "two", start_from=str(tmp_path / "nowhere")))
 
 
+def test_known_teachers_keep_their_normalizers_and_no_others_are_taken(recorded: Any, tmp_path: Path) -> None:
+    first = train(recorded.recipe(tmp_path / "one", teachers=["cnn"], steps=2, normalizer="phi_s"))
+    recipe = recorded.recipe(tmp_path / "two", start_from=str(first), normalizer="phi_s")
+    recipe["data"]["train"] = f"{recorded.folder}/shards/train-0.tar"  # of other moments
+    config = TrainConfig.from_recipe(recipe)
+    before, now = load_checkpoint(first).adaptors, first_model(config, open_groups(config)).adaptors
+    assert all(torch.equal(now.state_dict()[name], value) for name, value in before.items())
+    assert not torch.equal(now.state_dict()["vit.normalizers.summary.matrix"], torch.eye(64))
+    with pytest.raises(
+        UserError, match=r"training\.normalizer: .* has 'phi_s', the recipe has 'none'; .* cnn"
+    ):
+        train(recorded.recipe(tmp_path / "three", start_from=str(first)))
+    train(recorded.recipe(tmp_path / "four", start_from=str(first), teachers=["vit"], steps=2))
+
+
 def test_resuming_needs_no_longer_what_was_started_from(recorded: Any, tmp_path: Path) -> None:
     first = train(recorded.recipe(tmp_path / "one", steps=2))
     recipe = recorded.recipe(tmp_path / "two", steps=2, start_from=str(first))

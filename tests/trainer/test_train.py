@@ -104,6 +104,16 @@ def test_a_resumed_run_equals_one_without_interruption(recipe_of: Any, tmp_path:
         assert [line["step"] for line in read_metrics(resumed.parent)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("normalizer", ["standardize", "phi_s"])
+def test_normalizers_come_back_from_a_checkpoint(recorded: Any, tmp_path: Path, normalizer: str) -> None:
+    whole = train(recorded.recipe(tmp_path / "whole", normalizer=normalizer))
+    kept = [name for name in load_checkpoint(whole).adaptors if "normalizers" in name]
+    assert len(kept) == 2 * 2 * 2  # a mean and a matrix of each kind of each teacher's features
+    recipe = recorded.recipe(tmp_path / "run", normalizer=normalizer)
+    interrupt(recipe, 3)
+    assert_same_run(whole, train(recipe, resume=True))
+
+
 def test_two_runs_are_equal_and_another_seed_is_not(recorded: Any, tmp_path: Path) -> None:
     one, two, other = (
         train(recorded.recipe(tmp_path / name, seed=seed, steps=3))
@@ -158,6 +168,7 @@ def test_checkpoints_are_not_gone_over_without_being_asked(recorded: Any, tmp_pa
     [
         ("training", "seed", 9, r"training\.seed: checkpoint '.*step-00000002' has 0, the recipe has 9"),
         ("training", "steps", 50, r"training\.steps: .* has 2, the recipe has 50"),
+        ("training", "normalizer", "phi_s", r"training\.normalizer: .* has 'none', the recipe has 'phi_s'"),
         ("training", "loss", {"cosine": 0.5}, r"training\.loss\.cosine: .* has 0\.9, the recipe has 0\.5"),
         ("training", "resolution", [32, 48], r"training\.resolution: .* has \(32, 32\), the recipe has"),
         ("student", "depth", 1, r"student\.depth: .* has 2, the recipe has 1"),
@@ -237,14 +248,16 @@ def torchrun(recipe: dict[str, Any], folder: Path, ranks: int) -> Path:
     return Path(done.stdout.strip())
 
 
-def test_two_ranks_learn_what_one_does(recorded: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalizer", ["none", "phi_s"])
+def test_two_ranks_learn_what_one_does(recorded: Any, tmp_path: Path, normalizer: str) -> None:
     """With rows that are invalid for one teacher spread unevenly over the ranks."""
-    recipe = recorded.recipe(tmp_path / "one", steps=6)
+    recipe = recorded.recipe(tmp_path / "one", steps=6, normalizer=normalizer)
     config = TrainConfig.from_recipe(recipe)
     shares = [rank_valid(config, rank) for rank in range(2)]
     assert shares[0] != shares[1]
     alone = train(recipe)
-    together = torchrun(recorded.recipe(tmp_path / "two", steps=6), tmp_path, ranks=2)
+    other = recorded.recipe(tmp_path / "two", steps=6, normalizer=normalizer)
+    together = torchrun(other, tmp_path, ranks=2)
     one, two = load_checkpoint(alone), load_checkpoint(together)
     for left, right in ((one.student, two.student), (one.adaptors, two.adaptors)):
         for name in left:

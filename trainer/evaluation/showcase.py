@@ -54,7 +54,7 @@ def make_showcase(
     [train] = (group.reader for group in groups)
     metrics = read_metrics(Path(config.training.output))
     predictors: dict[str, Predict] = {
-        "before": first_model(config, groups).eval().predict,
+        "before": first_model(config, groups).fold().eval().predict,
         "after": model.predict,
         "mean_predictor": mean_predictor(train.store, train.teachers, train.shards, CPU),
     }
