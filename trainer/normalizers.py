@@ -7,15 +7,15 @@ PHI-S (arXiv:2410.01680) is y = (1 / sqrt l) H U^T (x - mean): U the eigenvector
 mean eigenvalue, H a Hadamard matrix. H U^T only turns, so one scale serves all channels and distances keep
 their proportions; H spreads each eigenvector over all channels, so they all have variance l. Hadamard
 matrices are there for d = 1, 2 and multiples of 4 only, and not all are short to write. Here H is instead, at
-any d, the Hartley matrix, cos + sin of 2 pi j k / d, over sqrt d: orthogonal, at d = 2 and 4 Hadamard, at
-others with squared entries that are 1 / d on average. Then d - 1 Givens rotations at most make the variances
-equal (Bendel and Mickey's; in the form of Davies and Higham, BIT 40, 2000): one construction, right at all d.
+any d, the Hartley matrix, cos + sin of 2 pi j k / d, over sqrt d, whose rows j and d - j are then turned in
+their plane until their variances are equal. That is exact, needs no case for any d, is Hadamard at d = 2 and
+4, and its entries are at most sqrt 2 times those of a Hadamard matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import copysign, hypot, sqrt
+from math import sqrt
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ Array = NDArray[np.float64]
 
 FP16_ROUNDING = 2.0**-11  # relative; features that vary less about their mean do not vary
 LEAST_VARIANCE = 1e-6  # of a channel beside the mean over channels: less is noise, not to be amplified
-EQUAL = 1e-12  # variances, relative to their mean
 
 
 class Normalizer(nn.Module):
@@ -93,13 +92,17 @@ def _mean_variance(moments: Moments) -> float:
 
 
 def _rotation(covariance: Array) -> Array:
-    """An orthogonal R, d d, with the diagonal of R C R^T constant, each eigenvector of C spread over all."""
+    """An orthogonal R, d d, with the diagonal of R C R^T constant, each eigenvector of C spread over all.
+
+    Signs of eigenvectors are fixed, for they hang on how sums were rounded, and runs on other numbers of
+    threads must learn from the same targets.
+    """
     d = len(covariance)
     if not covariance.any():
         return np.eye(d)
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    rotation = _hartley(d) @ eigenvectors.T
-    return _equalize(rotation, rotation @ covariance, eigenvalues.mean())
+    eigenvectors = np.linalg.eigh(covariance)[1]
+    eigenvectors *= np.where(np.cos(np.arange(d)) @ eigenvectors < 0, -1, 1)
+    return _equalize(_hartley(d) @ eigenvectors.T, covariance)
 
 
 def _hartley(d: int) -> Array:
@@ -108,24 +111,20 @@ def _hartley(d: int) -> Array:
     return matrix
 
 
-def _equalize(rotation: Array, product: Array, mean: float) -> Array:
-    """Turn the rows of R, two at a time, until every diagonal entry of R C R^T is `mean`, which they have.
+def _equalize(rotation: Array, covariance: Array) -> Array:
+    """Turn rows j and d - j of R = H U^T in their plane, by 45 degrees at most, to equal variances.
 
-    product: R C. Each turn takes the channels of the largest and the least variance, and finishes the first.
+    Each variance is then the mean: squared entries of the rows j and d - j of H add up to 2 / d everywhere,
+    those of row 0 and, if d is even, row d / 2 are 1 / d.
     """
-    variance = (rotation * product).sum(axis=1)
-    unfinished = np.ones(len(variance), dtype=bool)
-    for _ in range(len(variance) - 1):
-        i = int(np.where(unfinished, variance, -np.inf).argmax())
-        j = int(np.where(unfinished, variance, np.inf).argmin())
-        above, below = variance[i] - mean, variance[j] - mean
-        if min(above, -below) <= EQUAL * mean:
-            break
-        covariance = float(rotation[i] @ product[j])
-        # The root of below t^2 - 2 covariance t + above = 0 of the smaller turn, t its tangent.
-        t = above / (covariance + copysign(sqrt(covariance**2 - above * below), covariance))
-        turn = np.array([[1, -t], [t, 1]]) / hypot(1, t)
-        rotation[[i, j]], product[[i, j]] = turn @ rotation[[i, j]], turn @ product[[i, j]]
-        variance[i], variance[j] = mean, variance[j] + above
-        unfinished[i] = False
+    d = len(rotation)
+    j = np.arange(1, (d + 1) // 2)
+    product = rotation @ covariance
+    one, other = rotation[j], rotation[d - j]
+    difference = (one * product[j]).sum(axis=1) - (other * product[d - j]).sum(axis=1)
+    twice_covariance = 2 * (one * product[d - j]).sum(axis=1)
+    sign = np.copysign(1, twice_covariance)
+    angle = np.arctan2(sign * difference, sign * twice_covariance)[:, None] / 2
+    rotation[j] = np.cos(angle) * one - np.sin(angle) * other
+    rotation[d - j] = np.sin(angle) * one + np.cos(angle) * other
     return rotation
