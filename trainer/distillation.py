@@ -111,7 +111,9 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
         balancing = create_balancing(training.balancing, weighed, student.summary_dim)
         heads = (training.adaptor_hidden, training.adaptor_blocks, training.normalizer)
         model = Distillation(student, specs, *heads, balancing)
-    student.grid(*config.training.resolution)  # UserError where they do not fit
+    groups = training.teacher_groups([*specs]).values()
+    for resolution in {training.resolution, *(group.resolution or training.resolution for group in groups)}:
+        student.grid(*resolution)  # UserError where they do not fit
     return model
 
 

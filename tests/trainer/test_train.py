@@ -430,6 +430,48 @@ def test_tensorboard_holds_the_same_numbers(recorded: Any, tmp_path: Path) -> No
         assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
 
 
+class FakeWandb:
+    """As much of the package as a run uses."""
+
+    def __init__(self) -> None:
+        self.told: dict[int, dict[str, float]] = {}
+        self.runs: list[dict[str, Any]] = []
+
+    def init(self, **settings: Any) -> FakeWandb:
+        self.runs.append(settings)
+        return self
+
+    def __enter__(self) -> FakeWandb:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runs[-1]["ended"] = True
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.told[step] = self.told.get(step, {}) | values
+
+
+def test_weights_and_biases_is_told_the_same_in_one_run(
+    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    recipe = recorded.recipe(tmp_path / "run", wandb="students", evaluate_every=4)
+    interrupt(recipe, 3)
+    train(recipe, resume=True)
+    first, second = fake.runs
+    assert (first["project"], first["id"], first["ended"]) == ("students", second["id"], True)
+    assert [fake.told[line["step"]]["loss"] for line in read_metrics(tmp_path / "run")] == [
+        line["loss"] for line in read_metrics(tmp_path / "run")
+    ]
+    assert "knn/student" in fake.told[4]
+
+
+def test_weights_and_biases_must_be_there_if_asked_for(recorded: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.wandb: 'students' needs the package wandb; install it"):
+        train(recorded.recipe(tmp_path / "run", wandb="students"))
+
+
 def test_every_checkpoint_has_its_line_of_metrics(recorded: Any, tmp_path: Path) -> None:
     heard: list[int] = []
     recipe = recorded.recipe(tmp_path, steps=7, log_every=4, checkpoint_every=3, keep=2)
@@ -444,9 +486,7 @@ def test_a_run_that_diverges_stops_with_its_cause_and_keeps_its_checkpoint(
 ) -> None:
     recipe = recorded.recipe(tmp_path, steps=6, log_every=2, checkpoint_every=2)
     monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step == 2 else 0.01)
-    with pytest.raises(
-        UserError, match=r"the loss is nan .* at step 4.* listed in .*json"
-    ):
+    with pytest.raises(UserError, match=r"the loss is nan .* at step 4.* listed in .*json"):
         train(recipe)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
