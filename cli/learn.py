@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from cli.console import AsJson, Overrides, RecipePath, out, print_json, print_table, progress, show_metrics
+from storage_schemas.errors import UserError
 from storage_schemas.recipe import read_recipe
 
 
 def train(
     recipe: RecipePath,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    launcher: Annotated[
+        Literal["ray"] | None, typer.Option(help="Run it in workers of Ray Train, as torchrun would.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray Train, one a rank.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; else RAY_ADDRESS, else here.")
+    ] = None,
     overrides: Overrides = [],
 ) -> None:
     """Train the recipe's student from the store. Under torchrun, every rank runs this."""
     from trainer.config import TrainConfig
-    from trainer.train import train as run
 
+    run = _launcher(launcher, workers, address)
     sections = read_recipe(recipe, overrides)
     steps = TrainConfig.from_recipe(sections).training.steps
     with progress("training", "steps") as (advance, start):
         checkpoint = run(sections, resume, on_metrics=show_metrics(advance, start, steps))
     if os.environ.get("RANK", "0") == "0":
         out.print(str(checkpoint), highlight=False, markup=False, soft_wrap=True)
+
+
+def _launcher(name: str | None, workers: int | None, address: str | None) -> Callable[..., Path]:
+    """What trains: this process, as a rank of torchrun if it is one, or workers of Ray."""
+    if name is None:
+        if workers is not None or address is not None:
+            option = "--address" if workers is None else "--workers"
+            raise UserError(f"{option}: is for --launcher ray; give that, too")
+        from trainer.train import train as alone
+
+        return alone
+    from trainer.launchers import train_by_ray
+
+    return partial(train_by_ray, workers=workers or 1, address=address)
 
 
 def students(

@@ -42,7 +42,8 @@ PAGE = """<!doctype html>
 """
 
 FRONT = """Farther right is faster, farther up is better. Filled: no other one here is at least as fast and
-at least as good, and better in one of the two. The line joins them."""
+at least as good, and better in one of the two. The line joins them. Speeds are measured: a few percent are
+noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ def pareto_chart(title: str, points: Sequence[Point]) -> str:
         said = f"{p.name}: {p.speed:.4g} images a second, {p.quality:.4g}"
         dots += _leader(label, x, y)
         dots += f'<circle{kind} cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(said)}</title></circle>'
-        dots += f'<text class="name" x="{label.left:.1f}" y="{label.middle + 4:.1f}">'
+        side = (label.left, "start") if label.left > x else (label.left + label.width, "end")
+        dots += f'<text class="name" x="{side[0]:.1f}" y="{label.middle + 4:.1f}" text-anchor="{side[1]}">'
         dots += f"{escape(label.text)}</text>"
     line = " ".join(f"{place_x(p.speed):.1f},{place_y(p.quality):.1f}" for p in front)
     return (
@@ -159,7 +161,9 @@ def _horizontal(values: Sequence[float]) -> tuple[Callable[[float], float], str,
     """(value to x, the axis's marks, its name); logarithmic where the values are wide apart."""
     logarithmic = min(values) > 0 and max(values) / min(values) > WIDE
     scale = math.log10 if logarithmic else float
-    low, high = _padded(scale(min(values)), scale(max(values)))
+    # Speeds within a few percent are one speed: they must not fill the axis.
+    least = 0.0 if logarithmic else 0.2 * max(values)
+    low, high = _padded(scale(min(values)), scale(max(values)), least)
 
     def place(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (scale(value) - low) / (high - low)
@@ -187,9 +191,9 @@ def _vertical(values: Sequence[float]) -> tuple[Callable[[float], float], str]:
     return place, marks
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    """A tenth of the range more on both sides; around a single value, a tenth of it."""
-    margin = 0.1 * ((high - low) or abs(high) or 1.0)
+def _padded(low: float, high: float, least: float = 0.0) -> tuple[float, float]:
+    """A tenth of the range more on both sides, and at least so wide; around a single value, a tenth of it."""
+    margin = max(0.1 * ((high - low) or abs(high) or 1.0), (least - (high - low)) / 2)
     return low - margin, high + margin
 
 
