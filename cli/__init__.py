@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import demo, evaluate, learn, record, stores
+from cli import compare, demo, evaluate, learn, record, stores
 from cli.console import commands
 
 app = typer.Typer(
@@ -18,6 +18,6 @@ app = typer.Typer(
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a student, and the teachers it learned from.")
 app.add_typer(eval_app, name="eval")
 
-commands(app, record.extract, record.plan, record.teachers, record.text, learn.train)
+commands(app, record.extract, record.plan, record.teachers, record.text, learn.train, compare.compare)
 commands(eval_app, evaluate.knn, evaluate.distance, evaluate.throughput)
 commands(app, stores.verify, learn.students, learn.export, stores.inspect, stores.gc, demo.demo)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +22,7 @@ from cli.console import (
     progress,
     show_metrics,
 )
+from storage_schemas.errors import UserError
 from storage_schemas.recipe import read_recipe
 
 
@@ -29,12 +32,19 @@ def train(
     on_corrupt: Annotated[
         Literal["stop", "skip"] | None, typer.Option(help="What a row that does not hold does to the run.")
     ] = None,
+    launcher: Annotated[
+        Literal["ray"] | None, typer.Option(help="Run it in workers of Ray Train, as torchrun would.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray Train, one a rank.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster; else RAY_ADDRESS, else here.")
+    ] = None,
     overrides: Overrides = [],
 ) -> None:
     """Train the recipe's student from the store. Under torchrun, every rank runs this."""
     from trainer.config import TrainConfig
-    from trainer.train import train as run
 
+    run = _launcher(launcher, workers, address)
     flags = [] if on_corrupt is None else [f"training.on_corrupt={on_corrupt}"]
     sections = read_recipe(recipe, [*overrides, *flags])
     steps = TrainConfig.from_recipe(sections).training.steps
@@ -44,6 +54,20 @@ def train(
         if checkpoint.name != f"step-{steps:08d}":
             complain(f"stopped by SIGTERM at {checkpoint.name}: run it again with --resume to go on")
         out.print(str(checkpoint), highlight=False, markup=False, soft_wrap=True)
+
+
+def _launcher(name: str | None, workers: int | None, address: str | None) -> Callable[..., Path]:
+    """What trains: this process, as a rank of torchrun if it is one, or workers of Ray."""
+    if name is None:
+        if workers is not None or address is not None:
+            option = "--address" if workers is None else "--workers"
+            raise UserError(f"{option}: is for --launcher ray; give that, too")
+        from trainer.train import train as alone
+
+        return alone
+    from trainer.launchers import train_by_ray
+
+    return partial(train_by_ray, workers=workers or 1, address=address)
 
 
 def students(

@@ -1,4 +1,5 @@
-"""Where shards are recorded: in this process, or by a pool of Ray actors. Ray is imported here only.
+"""Where shards are recorded: in this process, or by a pool of Ray actors. Of the pipeline, this module alone
+imports Ray.
 
 An executor takes tasks from a queue until it is empty and nothing is under way, and yields a receipt for
 each. The driver may put a task back into the queue while it iterates; retries are its business alone, because

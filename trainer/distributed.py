@@ -29,11 +29,12 @@ class World:
 def launch(device: str = "auto") -> Iterator[World]:
     """The world that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, or that of one process.
 
-    device: see `choose_device`. nccl joins tensors on cuda, gloo those on the CPU.
+    device: see `choose_device`. nccl joins tensors on cuda, gloo those on the CPU. Ray Train
+    describes its workers as torchrun does, and has joined them already: they stay so.
     """
     rank, size, local_rank = (_from_torchrun(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = World(rank, max(size, 1), local_rank, choose_device(device, local_rank))
-    if world.size == 1:
+    if world.size == 1 or dist.is_initialized():
         yield world
         return
     if world.device.type == "cuda":

@@ -286,6 +286,48 @@ def test_under_torchrun_an_error_is_said_once(project: Project) -> None:
     assert done.stderr.count("error: recipe.training.steps: 0") == 1, done.stderr
 
 
+def test_compare_prints_a_table_and_writes_a_page(project: Project, tmp_path: Path) -> None:
+    output = f"training.output={tmp_path}"
+    names = "timm/test_efficientnet,timm/test_resnet"
+    result = run("compare", project.recipe, "--students", names, "--set", output)
+    assert result.exit_code == 0, result.output
+    assert "timm/test_resnet: loss" in result.stderr or "training: 8 of 8 steps" in result.stderr
+    page = tmp_path / "compare/student.html"
+    assert f"page: {page}\n" in result.stdout
+    assert "images/s: forward, batch 16 at 32×32, float32, cpu" in result.stdout
+    found = json.loads(succeed("compare", project.recipe, "--students", names, "--set", output, "--json"))
+    assert [entry["name"] for entry in found["results"]] == names.split(",")
+    for entry in found["results"]:
+        folder = tmp_path / "compare" / entry["name"].replace("/", "-")
+        assert entry["checkpoint"] == str(folder / "step-00000004")
+        knn = json.loads(succeed("eval", "knn", folder, "--json"))
+        assert (entry["knn"], found["teachers"]["cnn"]) == (knn["student"], knn["cnn"])
+        distance = json.loads(succeed("eval", "distance", folder, "--json"))
+        assert (entry["distance"], found["constant"]) == (distance["student"], distance["constant"])
+        assert f"{entry['distance']['cnn']['summary']:.4f}" in result.stdout
+        assert f"{entry['parameters']:,}" in page.read_text(encoding="utf-8")
+
+
+def test_compare_lists_what_failed_and_exits_1(project: Project, tmp_path: Path) -> None:
+    values = "training.learning_rate=1.0e-3,1.0e+30"  # the second diverges
+    result = run("compare", project.recipe, "--vary", values, "--set", f"training.output={tmp_path}")
+    assert result.exit_code == 1
+    assert result.stderr.count("1e+30: training.learning_rate:") == 1
+    assert "0.001" in result.stdout
+
+
+def test_compare_refuses_in_one_line(project: Project, tmp_path: Path) -> None:
+    output = ("--set", f"training.output={tmp_path / 'none'}")
+    compare = ("compare", project.recipe, *output)
+    assert_refused(run(*compare), "--students, --vary: give one of the two")
+    both = ("--students", "eradio_t", "--vary", "training.seed=1,2")
+    assert_refused(run(*compare, *both), "--students, --vary: give one of the two")
+    assert_refused(run(*compare, "--students", "eradio_t,eradio_u"), "student name 'eradio_u' is unknown")
+    assert_refused(run(*compare, "--students", "eradio_t,eradio_t"), "'eradio_t' is named twice")
+    assert_refused(run(*compare, "--vary", "training.seed=1,-1"), "recipe.training.seed: -1")
+    assert not (tmp_path / "none").exists()
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import cli, sys; print([m for m in ('torch', 'ray', 'zarr', 'pyarrow', 'timm') if m in sys.modules])"

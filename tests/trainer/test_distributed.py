@@ -75,3 +75,20 @@ def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 'two'"), launch("cpu"):
         pass
+
+
+def _launch_joined(rank: int, port: int) -> None:
+    """As Ray Train does: the ranks are joined before, and parted after."""
+    torchrun = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    torch.distributed.init_process_group("gloo")
+    for _ in range(2):
+        with launch("cpu") as world:
+            assert (world.rank, world.size) == (rank, RANKS)
+            assert all_sum(torch.tensor(1.0)) == RANKS
+    assert torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_are_joined_stay_so() -> None:
+    torch.multiprocessing.spawn(_launch_joined, (_free_port(),), nprocs=RANKS)

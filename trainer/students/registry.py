@@ -55,6 +55,11 @@ def list_students() -> list[str]:
     return [*STUDENTS, *(TIMM + model for model in timm.list_models())]
 
 
+def require_student(name: str) -> None:
+    """UserError if there is no student of that name."""
+    _builder(name, None, {})
+
+
 def create_student(
     name: str,
     *,
