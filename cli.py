@@ -276,10 +276,10 @@ def _show_metrics(advance: Advance, start: Start, steps: int) -> Callable[[Any],
 
 @command(evaluate)
 def knn(subject: Subject, overrides: Overrides = [], as_json: AsJson = False) -> None:
-    """k-NN accuracy of each teacher, straight from the store, and of the student, on labelled images."""
+    """k-NN accuracy of each teacher, straight from the store, of raw pixels and of the student."""
     from trainer.evaluation.subject import Subject as Loaded
 
-    with _progress("k-NN", "views of the student") as (advance, _):
+    with _progress("k-NN", "views") as (advance, _):
         found = Loaded.load(subject, overrides).knn(advance)
     if as_json:
         _print_json(found)
