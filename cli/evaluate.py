@@ -16,10 +16,10 @@ Subject = Annotated[
 
 
 def knn(subject: Subject, overrides: Overrides = [], as_json: AsJson = False) -> None:
-    """k-NN accuracy of each teacher, straight from the store, and of the student, on labelled images."""
+    """k-NN accuracy of each teacher, straight from the store, of raw pixels and of the student."""
     from trainer.evaluation.subject import Subject as Loaded
 
-    with progress("k-NN", "views of the student") as (advance, _):
+    with progress("k-NN", "views") as (advance, _):
         found = Loaded.load(subject, overrides).knn(advance)
     if as_json:
         print_json(found)

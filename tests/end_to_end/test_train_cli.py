@@ -120,7 +120,7 @@ def test_knn_is_the_same_of_recipe_checkpoint_and_output_folder(project: Project
         for subject in (project.recipe, project.checkpoint, project.folder / "student")
     ]
     assert found[0] == found[1] == found[2]
-    assert list(found[0]) == ["cnn", "student"]
+    assert list(found[0]) == ["cnn", "raw pixels", "student"]
     assert f"{100 * found[0]['student']:.2f} %" in succeed("eval", "knn", project.recipe)
 
 
@@ -156,7 +156,8 @@ def test_throughput_comes_with_its_conditions(project: Project) -> None:
 
 def test_before_training_there_are_teachers_and_a_constant(project: Project, tmp_path: Path) -> None:
     nowhere = ("--set", f"training.output={tmp_path}")
-    assert list(json.loads(succeed("eval", "knn", project.recipe, *nowhere, "--json"))) == ["cnn"]
+    found = json.loads(succeed("eval", "knn", project.recipe, *nowhere, "--json"))
+    assert list(found) == ["cnn", "raw pixels"]
     assert list(json.loads(succeed("eval", "distance", project.recipe, *nowhere, "--json"))) == ["constant"]
     assert_refused(run("eval", "throughput", project.recipe, *nowhere), "the recipe has no checkpoint yet")
 

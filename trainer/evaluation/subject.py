@@ -17,7 +17,14 @@ from trainer.distillation import Distillation, load_distillation
 from trainer.distributed import choose_device
 from trainer.evaluation.feature_distance import FeatureDistance, Predict, feature_distances, mean_predictor
 from trainer.evaluation.knn import knn_accuracy
-from trainer.evaluation.summaries import Summaries, student_summaries, teacher_summaries
+from trainer.evaluation.summaries import (
+    Summaries,
+    Summarise,
+    image_summaries,
+    pixel_summary,
+    student_summary,
+    teacher_summaries,
+)
 from trainer.evaluation.throughput import Throughput, measure_throughput
 from trainer.groups import open_groups
 from trainer.reader import TargetReader
@@ -58,7 +65,9 @@ class Subject:
         return choose_device(self.config.training.device)
 
     def knn(self, on_views: OnViews = lambda count: None) -> dict[str, float]:
-        """Top-1 of k-NN for each teacher and the student: bank `data.train`, queries `data.held_out`."""
+        """Top-1 of k-NN for each teacher, the raw pixels and the student: bank `data.train`, queries
+        `data.held_out`.
+        """
         config = self.config
         bank, queries = config.train_shards(), config.held_out_shards()
         store = FeatureStore.open(config.store.url)
@@ -67,14 +76,14 @@ class Subject:
             for group in config.training.teacher_groups(store.teachers()).values()
             for name in group.teachers
         }
+        summarise: dict[str, Summarise] = {"raw pixels": pixel_summary}
         if self.model is not None:
-            student, size = self.model.student.to(self.device), config.evaluation.batch_size
-            found = [
-                student_summaries(student, self._images(held_out), size, self.device, on_views)
-                for held_out in (False, True)
-            ]
-            result["student"] = self._top1(*found)
-        return result
+            summarise["student"] = student_summary(self.model.student.to(self.device), self.device)
+        of_bank, of_queries = (
+            image_summaries(summarise, self._images(held_out), config.evaluation.batch_size, on_views)
+            for held_out in (False, True)
+        )
+        return result | {name: self._top1(of_bank[name], of_queries[name]) for name in summarise}
 
     def _images(self, held_out: bool) -> TargetReader:
         """A reader of the views of all groups, at the resolution of `training`."""

@@ -1,17 +1,26 @@
-"""Summaries of view 0 of every image: a teacher's straight from the store, a student's by running it."""
+"""Summaries of view 0 of every image: a teacher's straight from the store, a student's by running it, and the
+pixels themselves, which is what a summary must beat.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from storage_schemas.errors import UserError
 from storage_schemas.store import FeatureStore
 from trainer.reader import TargetReader
-from trainer.students import Student
+from trainer.students import Student, StudentOutput
+from trainer.students.base import IMAGENET_MEAN, IMAGENET_STD
+
+PIXELS_SIDE = 32
+
+Summarise = Callable[[torch.Tensor], torch.Tensor]
+"""From images, uint8 b 3 height width, to summaries, b d, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +56,47 @@ def teacher_summaries(store: FeatureStore, teacher: str, shards: Iterable[str]) 
     return Summaries(torch.cat(found), _labels(store, views), views)
 
 
-def student_summaries(
-    student: Student,
+def image_summaries(
+    summarise: Mapping[str, Summarise],
     reader: TargetReader,
     batch_size: int,
-    device: torch.device,
     on_views: Callable[[int], None] = lambda count: None,
-) -> Summaries:
-    """Of the backbone (AM-RADIO evaluates that, not the adaptors), at the reader's resolution."""
-    found, views = [torch.empty(0, student.summary_dim)], []
-    with torch.inference_mode():
-        for batch in reader.in_order(batch_size, view=0, targets=False):
-            found.append(student(batch.images.to(device).float() / 255).summary.float().cpu())
-            views += [(reader.shards[shard], row) for shard, row in batch.views.tolist()]
-            on_views(len(batch.views))
-    return Summaries(torch.cat(found), _labels(reader.store, views), views)
+) -> dict[str, Summaries]:
+    """By the names of `summarise`, of the images at the reader's resolution, which are read once."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in summarise}
+    views: list[tuple[str, int]] = []
+    for batch in reader.in_order(batch_size, view=0, targets=False):
+        for name, function in summarise.items():
+            found[name].append(function(batch.images))
+        views += [(reader.shards[shard], row) for shard, row in batch.views.tolist()]
+        on_views(len(batch.views))
+    labels = _labels(reader.store, views)
+    # A reader of no views gives no batch: one column stands for widths that nothing tells.
+    return {
+        name: Summaries(torch.cat(parts) if parts else torch.empty(0, 1), labels, views)
+        for name, parts in found.items()
+    }
+
+
+def student_summary(student: Student, device: torch.device) -> Summarise:
+    """Of the backbone (AM-RADIO evaluates that, not the adaptors), which is on `device`."""
+
+    @torch.inference_mode()
+    def summarise(images: torch.Tensor) -> torch.Tensor:
+        output: StudentOutput = student(images.to(device).float() / 255)
+        return output.summary.float().cpu()
+
+    return summarise
+
+
+def pixel_summary(images: torch.Tensor) -> torch.Tensor:
+    """b 3 height width to b d: at most 32 pixels a side (CIFAR's own size, and a bound on what a bank holds),
+    each the mean of an area, normalised as ImageNet's and flattened. Without the mean taken off, all images
+    would point the same way, and a cosine would see little but brightness.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    height, width = (min(side, PIXELS_SIDE) for side in images.shape[-2:])
+    return ((F.adaptive_avg_pool2d(images.float() / 255, (height, width)) - mean) / std).flatten(1)
 
 
 def _labels(store: FeatureStore, views: Sequence[tuple[str, int]]) -> torch.Tensor:
