@@ -35,6 +35,8 @@ from storage_schemas.parts import Part, find_damage
 from storage_schemas.text import ClassEmbeddings, put_classes, read_classes
 from storage_schemas.views import decode_views, encode_views
 
+NAMED = 5  # of many names, those that an error lists
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -128,8 +130,11 @@ class FeatureStore:
         try:
             commit = read_commit(self.objects, self._commit_path(self._known(teacher), shard))
         except FileNotFoundError as error:
+            there = self.shards(teacher)
+            more = f" and {len(there) - NAMED:,} more" if len(there) > NAMED else ""
             raise UserError(
-                f"shard: {shard!r} is not recorded for teacher {teacher!r} in {self.url!r}"
+                f"shard: {shard!r} is not recorded for teacher {teacher!r} in {self.url!r}; there: "
+                f"{', '.join(there[:NAMED]) or 'none'}{more}"
             ) from error
         if (commit.teacher, commit.shard) != (teacher, shard):
             raise DataDamage(
