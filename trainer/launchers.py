@@ -159,7 +159,8 @@ def _import_ray() -> Any:
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     """To the cluster, or to a Ray that is started here with a CPU for each worker."""
     # Workers stay in their folder instead of Ray's, so that relative paths mean there what they mean here.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    # Nor does Ray start a run again by itself, as it would after a node was taken away: `resume` does.
+    os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     if address is None:
         ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
         return
