@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
@@ -11,10 +10,11 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from pipeline.sending import ArraySender, SendingThreads
 from storage_schemas.commits import Commit, ObjectDigest, SourceTar, digest_object
 from storage_schemas.errors import DataDamage
 from storage_schemas.features import Moments, PackedFeatures, TeacherOutput, pack, sample_tokens
-from storage_schemas.layout import ShardBuffer, row_arrays, small_objects
+from storage_schemas.layout import row_arrays, small_objects
 from storage_schemas.manifest import TeacherSpec
 from storage_schemas.store import FeatureStore
 
@@ -24,8 +24,8 @@ MOMENT_VECTORS = 2048  # gathered for one product, instead of many small ones
 class PartWriter:
     """Takes a shard's features in row order and leaves a complete part; `commit` makes it count.
 
-    Each object is put as soon as its rows are there, then read back and digested in a thread while the next
-    one fills: at most three objects an array are in memory.
+    Rows are written on in pieces as they come, and each object is read back in a thread while the next one
+    fills: of each array, `sending.PIECES` pieces are in memory.
     """
 
     def __init__(self, store: FeatureStore, spec: TeacherSpec, shard: str, rows: int) -> None:
@@ -35,13 +35,15 @@ class PartWriter:
         self.rows = rows
         self.attempt = uuid4().hex
         self.path = store.part_path(spec.name, shard, self.attempt)
+        self._threads = SendingThreads()
         self._arrays = {array.name: array for array in row_arrays(spec, rows)}
-        self._buffers: dict[str, ShardBuffer] = {}
+        self._senders = {
+            name: ArraySender(store.objects, self.path, array, self._threads)
+            for name, array in self._arrays.items()
+        }
         self._valid = np.zeros(rows, dtype=bool)
         self._written = 0
         self._disposable = True  # no commit names this attempt, nor can one come to
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="put")
-        self._puts: list[Future[ObjectDigest]] = []
         self._moments = {
             "summary": _MomentGatherer(spec.summary_dim),
             "spatial": _MomentGatherer(spec.spatial_dim),
@@ -56,29 +58,11 @@ class PartWriter:
         cells = (packed.summary.shape[1:], packed.spatial.shape[1:])
         assert cells == tuple(self._arrays[name].shape[1:] for name in ("summary", "spatial")), cells
         self._valid[first : self._written] = packed.valid
-        self._fill("summary", packed.summary, first)
-        self._fill("spatial", packed.spatial, first)
+        self._senders["summary"].add(packed.summary)
+        self._senders["spatial"].add(packed.spatial)
         if packed.scale is not None:
-            self._fill("spatial_scale", packed.scale, first)
+            self._senders["spatial_scale"].add(packed.scale)
         self._measure(output, packed, first)
-
-    def _fill(self, name: str, values: NDArray[Any], first: int) -> None:
-        array = self._arrays[name]
-        while len(values):
-            shard, place = divmod(first, array.shard_rows)
-            if name not in self._buffers:
-                self._buffers[name] = ShardBuffer(array, shard)
-            buffer = self._buffers[name]
-            count = min(len(values), buffer.rows - place)
-            buffer.values[place : place + count] = values[:count]
-            if place + count == buffer.rows:
-                self._put(self._buffers.pop(name))
-            values, first = values[count:], first + count
-
-    def _put(self, buffer: ShardBuffer) -> None:
-        for pending in self._puts[-2:-1]:
-            pending.result()
-        self._puts.append(self._pool.submit(lambda: self._put_and_digest(buffer.path, buffer.seal())))
 
     def _put_and_digest(self, name: str, data: Any) -> ObjectDigest:
         path = f"{self.path}/{name}"
@@ -92,9 +76,9 @@ class PartWriter:
 
     def _measure(self, output: TeacherOutput, packed: PackedFeatures, first: int) -> None:
         stored = packed.restored()
-        for row in np.flatnonzero(packed.valid):
-            self._moments["summary"].add(packed.summary[row : row + 1])
-            self._moments["spatial"].add(sample_tokens(stored[row : row + 1], first + int(row)))
+        tokens = sample_tokens(stored, first).reshape(len(stored), -1, stored.shape[-1])  # b n d
+        self._moments["summary"].add(packed.summary[packed.valid])
+        self._moments["spatial"].add(tokens[packed.valid].reshape(-1, stored.shape[-1]))
         if packed.scale is not None:
             self._fidelity.add(output.spatial.float().cpu().numpy()[packed.valid], stored[packed.valid])
 
@@ -106,7 +90,10 @@ class PartWriter:
     def commit(self, source: SourceTar, views_sha256: str) -> Commit | None:
         """Finish the part and make it count; None if another attempt already does."""
         assert self._written == self.rows, (self.shard, self._written, self.rows)
-        objects = [put.result() for put in self._puts]
+        try:
+            objects = [sent.result() for sender in self._senders.values() for sent in sender.objects]
+        except DataDamage as error:
+            raise DataDamage(f"shard {self.shard!r}: {error}") from error
         moments = {name: gatherer.moments() for name, gatherer in self._moments.items()}
         small = small_objects(self.spec, self._valid, moments)
         objects += [self._put_and_digest(name, data) for name, data in small.items()]
@@ -130,7 +117,9 @@ class PartWriter:
 
     def close(self) -> None:
         """Wait for the writing threads; remove what the attempt has written if it does not count."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.close()
+        for sender in self._senders.values():
+            sender.abort()
         if self._disposable:
             self.store.objects.delete_folder(self.path)
 
@@ -161,10 +150,13 @@ class _MomentGatherer:
         self._count = 0
 
     def add(self, vectors: NDArray[np.floating]) -> None:
+        while self._count + len(vectors) >= MOMENT_VECTORS:
+            left = MOMENT_VECTORS - self._count
+            self._waiting.append(vectors[:left])
+            self._flush()
+            vectors = vectors[left:]
         self._waiting.append(vectors)
         self._count += len(vectors)
-        if self._count >= MOMENT_VECTORS:
-            self._flush()
 
     def moments(self) -> Moments:
         if self._waiting:

@@ -10,6 +10,7 @@ CRC-32C, stand in row order without gaps. So a row's place is arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +24,10 @@ from zarr.storage import MemoryStore
 
 from storage_schemas.features import Moments
 from storage_schemas.manifest import TeacherSpec
-from storage_schemas.objects import Bytes
+from storage_schemas.objects import Bytes, Objects
 
 SHARD_BYTES = 192 << 20
+STEP_BYTES = 128 << 10  # small enough that what was copied is still in a core's cache when it is summed
 CRC_BYTES = 4
 MISSING = np.uint64(2**64 - 1)  # in a Zarr shard index: no such inner chunk
 
@@ -117,39 +119,66 @@ def crc32c(data: Any) -> int:
     return int(checksums.crc32c(data))
 
 
-class ShardBuffer:
-    """The bytes of one object of a RowArray, filled in place."""
+def checksum_object(objects: Objects, path: str) -> tuple[int, int]:
+    """(size, CRC-32C) of an object as it reads back; FileNotFoundError if there is none."""
+    size, checksum = 0, 0
+    for piece in objects.stream(path):
+        size, checksum = size + len(piece), int(checksums.crc32c(piece, checksum))
+    return size, checksum
 
-    def __init__(self, array: RowArray, shard: int) -> None:
-        self.array = array
+
+class ShardStream:
+    """The bytes of one object of a RowArray, in order, laid a piece at a time into memory that is used again.
+
+    send: called with each full piece, and with the last; gives the memory to go on in. `checksum` is the
+    CRC-32C of all that was laid, put together from those of the rows, so that it costs no pass of its own.
+    """
+
+    def __init__(self, array: RowArray, shard: int, piece: Bytes, send: Callable[[Bytes], Bytes]) -> None:
         self.path = array.object_path(shard)
-        self.rows = array.rows_in(shard)
-        self._bytes: Bytes = np.empty(array.object_bytes(shard), dtype=np.uint8)
-        record = np.dtype(
-            [("values", np.dtype(array.dtype).newbyteorder("<"), array.shape[1:]), ("crc", "<u4")]
-        )
-        self._records = self._bytes[: self.rows * array.stride].view(record)
+        self.nbytes = array.object_bytes(shard)
+        self.room = self._rows = array.rows_in(shard)
+        self.checksum = 0
+        self._array = array
+        self._dtype = np.dtype(array.dtype).newbyteorder("<")
+        self._piece, self._used, self._send = piece, 0, send
 
-    @property
-    def values(self) -> NDArray[Any]:
-        """(rows, ...) to be written to."""
-        values: NDArray[Any] = self._records["values"]
-        return values
+    def add(self, values: NDArray[Any]) -> None:
+        """The next rows, n ...; the last one of the object ends it."""
+        rows = np.ascontiguousarray(values, dtype=self._dtype).reshape(len(values), -1).view(np.uint8)
+        for row in rows:
+            self._lay(np.array([self._lay(row)], dtype="<u4").view(np.uint8))
+        self.room -= len(rows)
+        if self.room == 0:
+            self._lay(self._index())
+            self._send(self._piece[: self._used])
 
-    def seal(self) -> Bytes:
-        """Add the checksums and the shard index (Zarr v3 `sharding_indexed`, index at the end); the whole
-        object.
-        """
-        stride, row_bytes = self.array.stride, self.array.row_bytes
-        for row in range(self.rows):
-            self._records["crc"][row] = crc32c(self._bytes[row * stride : row * stride + row_bytes])
-        index = np.full((self.array.shard_rows, 2), MISSING, dtype="<u8")
-        index[: self.rows, 0] = np.arange(self.rows, dtype=np.uint64) * np.uint64(stride)
-        index[: self.rows, 1] = stride
-        tail = self._bytes[self.rows * stride :]
-        tail[:-CRC_BYTES] = index.view(np.uint8).reshape(-1)
-        tail[-CRC_BYTES:] = np.array([crc32c(index)], dtype="<u4").view(np.uint8)
-        return self._bytes
+    def _lay(self, data: Bytes) -> int:
+        """Copy into the pieces, a step at a time that the cache holds; the data's CRC-32C."""
+        checksum = 0
+        for start in range(0, len(data), STEP_BYTES):
+            step = data[start : start + STEP_BYTES]
+            while len(step):
+                place = self._piece[self._used : self._used + len(step)]
+                count = len(place)
+                place[:] = step[:count]
+                found = crc32c(place)
+                checksum = checksums.combine_crc32c(checksum, found, count)
+                self.checksum = checksums.combine_crc32c(self.checksum, found, count)
+                self._used += count
+                step = step[count:]
+                if self._used == len(self._piece):
+                    self._piece, self._used = self._send(self._piece), 0
+        return checksum
+
+    def _index(self) -> Bytes:
+        """Of Zarr v3 `sharding_indexed`, with its checksum."""
+        stride, rows = self._array.stride, self._rows
+        index = np.full((self._array.shard_rows, 2), MISSING, dtype="<u8")
+        index[:rows, 0] = np.arange(rows, dtype=np.uint64) * np.uint64(stride)
+        index[:rows, 1] = stride
+        data = index.view(np.uint8).reshape(-1)
+        return np.concatenate([data, np.array([crc32c(data)], dtype="<u4").view(np.uint8)])
 
 
 def small_objects(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,9 @@ from zarr.storage import ObjectStore
 from storage_schemas.errors import DataDamage, UserError
 
 StorageError = BaseError  # of an object store or a file system; one that is no missing object, and may pass
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20  # of a remote object that is read to its end
+STEP_BYTES = 256 << 10  # of a file: what looks at the bytes next finds them in a core's cache
+PART_BYTES = 8 << 20  # of an upload in parts; S3 takes no less than 5 MiB
 
 Bytes = NDArray[np.uint8]
 _memory: dict[str, MemoryStore] = {}
@@ -56,6 +59,10 @@ class Objects:
         """Write a whole object from anything with the buffer protocol."""
         obstore.put(self._store, path, data)
 
+    def open_writer(self, path: str, nbytes: int) -> ObjectWriter:
+        """To write an object of so many bytes in pieces; it is there, whole, after `finish`."""
+        return ObjectWriter(self._store, self.root, path, nbytes)
+
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write, unless there is such an object already; says whether this call wrote it.
 
@@ -68,13 +75,13 @@ class Objects:
         return True
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The object in pieces of a few MiB; FileNotFoundError if there is none."""
+        """The object in pieces; FileNotFoundError if there is none."""
         if self.root is None:
             yield from map(bytes, obstore.get(self._store, path).stream(min_chunk_size=PIECE_BYTES))
             return
         # obstore's stream of a file is many times slower
         with (self.root / path).open("rb", buffering=0) as file:
-            while piece := file.read(PIECE_BYTES):
+            while piece := file.read(STEP_BYTES):
                 yield piece
 
     def size(self, path: str) -> int | None:
@@ -126,6 +133,56 @@ class Objects:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+class ObjectWriter:
+    """One object, in pieces, each behind the last. A process that is killed before `finish` leaves none.
+
+    Local: into a staging file of the form that LocalStore uses, renamed by `finish`. Its room is taken at the
+    beginning, for a file that grows is a quarter slower, and a full disk then says so before the work.
+    """
+
+    def __init__(self, store: Any, root: Path | None, path: str, nbytes: int) -> None:
+        self._remote, self._descriptor, self._left = None, -1, nbytes
+        if root is None:
+            self._remote = obstore.open_writer(store, path, buffer_size=PART_BYTES, max_concurrency=2)
+            return
+        self._path = root / path
+        self._staged = self._path.with_name(f"{self._path.name}#{secrets.randbits(63)}")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(self._descriptor, 0, nbytes)
+        except OSError:
+            self.abort()
+            raise
+
+    def write(self, data: Bytes) -> None:
+        """The next bytes."""
+        self._left -= len(data)
+        if self._remote is not None:
+            self._remote.write(data)  # type: ignore[arg-type]
+            return
+        while len(data):
+            data = data[os.write(self._descriptor, data) :]  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Make the object be there."""
+        assert self._left == 0, (self._left, "bytes were not written")
+        if self._remote is not None:
+            self._remote.close()
+            return
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._staged.rename(self._path)
+
+    def abort(self) -> None:
+        """Leave nothing, if it is not finished."""
+        self._remote = None  # an upload that is never closed makes no object
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._staged.unlink(missing_ok=True)
 
 
 def open_objects(url: str, *, create: bool = False, field: str = "url") -> Objects:
