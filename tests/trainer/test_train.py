@@ -1,23 +1,12 @@
 from __future__ import annotations
 
-import json
-import math
-import os
-import random
-import re
-import resource
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,9 +14,8 @@ from pipeline.recorder import Recorder
 from pipeline.teachers import create_teacher
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
-from storage_schemas.layout import row_arrays
-from tests.recording import flip_bit
-from trainer.checkpoint import load_checkpoint, newest_checkpoint
+from tests.trainer.runs import assert_same_run, interrupt, metrics
+from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.groups import batches, count_valid, open_groups, ranks_by_teacher, schedule_of
@@ -37,42 +25,7 @@ from trainer.reader import Batch, TargetReader
 from trainer.students import create_student
 from trainer.train import first_model, learning_rate, seed_step, train
 
-ROOT = Path(__file__).parents[2]
 CPU = World(0, 1, 0, torch.device("cpu"))
-RATES = ("images_per_second", "data_wait")  # what may differ between two equal runs
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Equal weights, optimiser state and metrics, to the last bit."""
-    one, other = load_checkpoint(a), load_checkpoint(b)
-    assert one.step == other.step
-    for left, right in ((one.student, other.student), (one.adaptors, other.adaptors)):
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left)
-    for place, state in one.optimizer_state["state"].items():
-        for name, value in state.items():
-            assert torch.equal(value, other.optimizer_state["state"][place][name])
-    assert one.optimizer_state["param_groups"] == other.optimizer_state["param_groups"]
-    assert metrics(a.parent) == metrics(b.parent)
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in RATES} for line in read_metrics(output)]
-
-
-def interrupt(recipe: dict[str, Any], after: int) -> None:
-    """Train, and stop as an exception would stop it after `after` lines of metrics."""
-    lines = 0
-
-    def stop(_: object) -> None:
-        nonlocal lines
-        lines += 1
-        if lines == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, on_metrics=stop)
-
 
 STUDENTS = {
     # Positions of an input smaller than their grid are drawn anew at each step.
@@ -125,39 +78,6 @@ def test_two_runs_are_equal_and_another_seed_is_not(recorded: Any, tmp_path: Pat
     )
     assert_same_run(one, two)
     assert metrics(one.parent) != metrics(other.parent)
-
-
-def run_cli(recipe: dict[str, Any], folder: Path, *flags: str, **kwargs: Any) -> subprocess.Popen[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "cli", "train", str(path), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes, **kwargs)
-
-
-def test_a_killed_process_resumes_to_the_same_bits(recorded: Any, tmp_path: Path) -> None:
-    def start(name: str, *flags: str) -> subprocess.Popen[str]:
-        (tmp_path / name).mkdir(exist_ok=True)
-        recipe = recorded.recipe(tmp_path / name / "run", steps=40, checkpoint_every=5, keep=3)
-        return run_cli(recipe, tmp_path / name, *flags)
-
-    killed, undisturbed = start("killed"), start("whole")
-    lines, kill_after = tmp_path / "killed/run/metrics.jsonl", random.randint(6, 30)
-    while killed.poll() is None and (not lines.exists() or lines.read_text().count("\n") < kill_after):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, "it was over before it was killed"
-    with lines.open("a") as cut:
-        cut.write('{"step": 41, "lo')  # as a kill within a write leaves it
-    resumed = start("killed", "--resume")
-    printed, said = resumed.communicate()
-    assert resumed.returncode == 0, said
-    whole = tmp_path / "whole/run/step-00000040"
-    assert undisturbed.communicate()[0].strip() == str(whole)
-    assert_same_run(whole, Path(printed.strip()))
-    assert [line["step"] for line in read_metrics(lines.parent)] == list(range(1, 41))
 
 
 def test_checkpoints_are_not_gone_over_without_being_asked(recorded: Any, tmp_path: Path) -> None:
@@ -319,98 +239,6 @@ def test_norms_biases_tokens_and_positions_do_not_decay(name: str) -> None:
     assert any(name.endswith(".bias") for name in right)
 
 
-# Being stopped
-
-
-def test_sigterm_ends_the_run_with_a_checkpoint_that_goes_on_to_the_same_bits(
-    recorded: Any, tmp_path: Path
-) -> None:
-    def start(name: str, *flags: str) -> subprocess.Popen[str]:
-        (tmp_path / name).mkdir(exist_ok=True)
-        recipe = recorded.recipe(tmp_path / name / "run", steps=40, checkpoint_every=100)
-        return run_cli(recipe, tmp_path / name, *flags)
-
-    stopped, lines = start("stopped"), tmp_path / "stopped/run/metrics.jsonl"
-    while stopped.poll() is None and (not lines.exists() or lines.read_text().count("\n") < 5):
-        time.sleep(0.002)
-    stopped.send_signal(signal.SIGTERM)
-    printed, said = stopped.communicate()
-    assert stopped.returncode == 0, said
-    left = newest_checkpoint(tmp_path / "stopped/run")
-    assert left is not None
-    assert printed.strip() == str(left)
-    assert 5 <= load_checkpoint(left).step < 40, "it was over before it was stopped"
-    assert f"stopped by SIGTERM at {left.name}: run it again with --resume" in said
-    resumed, whole = start("stopped", "--resume"), start("whole")
-    assert (resumed.communicate()[0], whole.communicate()[0]) != ("", "")
-    final = "run/step-00000040"
-    assert_same_run(tmp_path / "whole" / final, tmp_path / "stopped" / final)
-
-
-def test_sigterm_before_the_first_step_leaves_a_checkpoint_too(
-    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recorded.recipe(tmp_path / "run")
-    with monkeypatch.context() as patched:
-        patched.setattr("trainer.train.StopSignal.__enter__", lambda self: SimpleNamespace(received=True))
-        assert load_checkpoint(train(recipe)).step == 0
-    assert_same_run(train(recorded.recipe(tmp_path / "whole")), train(recipe, resume=True))
-
-
-# Damage met on the way
-
-
-def damage_row(recorded: Any, teacher: str, row: int) -> None:
-    commit = recorded.store.commit(teacher, "train-0")
-    part = recorded.folder / "store" / recorded.store.part_path(teacher, "train-0", commit.attempt)
-    array = next(a for a in row_arrays(recorded.store.spec(teacher), commit.rows) if a.name == "spatial")
-    flip_bit(part / array.object_path(0), 8 * (array.stride * row + 10))
-
-
-def test_a_damaged_row_stops_the_run_unless_it_is_to_be_skipped(own_copy: Any, tmp_path: Path) -> None:
-    damage_row(own_copy, "cnn", 4)
-    with pytest.raises(DataDamage, match=r"shard 'train-0', teacher 'cnn', .* row 4 of 'spatial': crc32c"):
-        train(own_copy.recipe(tmp_path / "stopped", steps=10))
-    train(own_copy.recipe(tmp_path / "run", steps=10, on_corrupt="skip", log_every=3))
-    lines = (tmp_path / "run/damage.txt").read_text().splitlines()
-    assert lines
-    assert all(re.match(r"step \d+: shard 'train-0', teacher 'cnn', .* row 4 ", line) for line in lines)
-    assert sum(line["corrupt_rows"] for line in read_metrics(tmp_path / "run")) == len(lines)
-
-
-def test_a_skipped_row_trains_as_an_invalid_one(own_copy: Any, recorded: Any) -> None:
-    damage_row(own_copy, "cnn", 4)
-    arguments = (["cnn", "vit"], (32, 32))
-    damaged = TargetReader(own_copy.store, own_copy.sources(), *arguments, on_corrupt="skip")
-    whole = TargetReader(recorded.store, recorded.sources(), *arguments)
-    for a, b in zip(damaged.in_order(5), whole.in_order(5), strict=True):
-        hit = (b.views == (0, 4)).all(1)
-        assert len(a.damage) == hit.sum()
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.valid["vit"], b.valid["vit"])
-        assert torch.equal(a.valid["cnn"], b.valid["cnn"] & ~torch.from_numpy(hit))
-        assert a.targets["cnn"].spatial[hit].isnan().all()
-        assert torch.equal(a.targets["cnn"].spatial[~hit], b.targets["cnn"].spatial[~hit])
-
-
-def test_a_skipped_image_is_valid_for_no_teacher(own_copy: Any) -> None:
-    table = own_copy.store.views("train-1")
-    offset, nbytes = table["offset"][6].as_py(), table["nbytes"][6].as_py()
-    flip_bit(own_copy.folder / "shards/train-1.tar", 8 * (offset + nbytes // 2))
-    reader = TargetReader(own_copy.store, own_copy.sources(), ["cnn", "vit"], (32, 32), on_corrupt="skip")
-    views = own_copy.store.manifest.views_per_image
-    damaged = {(reader.shards.index("train-1"), row) for row in range(6 - 6 % views, 6 - 6 % views + views)}
-    named = 0
-    for batch in reader.in_order(5):
-        hit = np.array([tuple(view) in damaged for view in batch.views.tolist()])
-        named += len(batch.damage)
-        assert not batch.valid["cnn"][hit].any()
-        assert not batch.valid["vit"][hit].any()
-        assert batch.valid["cnn"][~hit].all()
-        assert (batch.images[hit] == 0).all()
-    assert named == views
-
-
 # What is written beside the checkpoints
 
 
@@ -479,53 +307,6 @@ def test_every_checkpoint_has_its_line_of_metrics(recorded: Any, tmp_path: Path)
     assert heard == [3, 4, 6, 7]
     assert [line["step"] for line in read_metrics(tmp_path)] == heard
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000007"]
-
-
-def test_a_run_that_diverges_stops_with_its_cause_and_keeps_its_checkpoint(
-    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recorded.recipe(tmp_path, steps=6, log_every=2, checkpoint_every=2)
-    monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step == 2 else 0.01)
-    with pytest.raises(UserError, match=r"the loss is nan .* at step 4.* listed in .*json"):
-        train(recipe)
-    newest = newest_checkpoint(tmp_path)
-    assert newest is not None
-    assert load_checkpoint(newest).step == 2
-    found = json.loads((tmp_path / "diverged-step-00000004.json").read_text())
-    config = TrainConfig.from_recipe(recipe)
-    groups = open_groups(config)
-    batch = next(batches(groups, schedule_of(groups, 1, config), 3))
-    shards = groups[0].reader.shards
-    assert found == {"step": 4, "views": {"all": [[shards[s], row] for s, row in batch.views.tolist()]}}
-
-
-def test_a_last_step_that_diverges_is_not_saved(
-    recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recorded.recipe(tmp_path, steps=2)
-    monkeypatch.setattr("trainer.train.learning_rate", lambda settings, step: math.nan if step else 0.01)
-    with pytest.raises(UserError, match=r"training\.learning_rate: the weights .* after step 2"):
-        train(recipe)
-    assert newest_checkpoint(tmp_path) is None
-
-
-def test_a_full_disk_is_one_line_and_costs_no_older_checkpoint(recorded: Any, tmp_path: Path) -> None:
-    recipe = recorded.recipe(tmp_path / "run", steps=40, checkpoint_every=2)
-    interrupt(recipe, 3)
-    before = newest_checkpoint(tmp_path / "run")
-    assert before is not None
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    process = run_cli(recipe, tmp_path, "--resume", preexec_fn=small_files)
-    said = process.communicate()[1]
-    assert process.returncode == 1
-    assert len([line for line in said.splitlines() if not line.startswith("training: ")]) == 1, said
-    assert "step-00000004" in said
-    assert "File too large" in said
-    assert newest_checkpoint(tmp_path / "run") == before
-    load_checkpoint(before)
 
 
 # What a recipe may say
