@@ -234,17 +234,19 @@ class TrainConfig(Frozen):
 
 
 def require_same_run(before: TrainConfig, now: TrainConfig, where: str) -> None:
-    """UserError naming the first setting of the student or of the training in which `now` differs from what
-    was before at `where`, unless it is free to.
+    """UserError naming the settings of the student or of the training in which `now` differs from what was
+    before at `where`, but for those that are free to.
     """
+    differ = []
     for section in ("student", "training"):
         old, new = (_flat(getattr(config, section).model_dump()) for config in (before, now))
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and key not in FREE_ON_RESUME:
-                raise UserError(
-                    f"{section}.{key}: {where} has {old.get(key)!r}, the recipe has {new.get(key)!r}; "
-                    f"use the checkpoint's, or another training.output"
-                )
+        differ += [
+            f"{section}.{key}: {where} has {old.get(key)!r}, the recipe has {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key not in FREE_ON_RESUME
+        ]
+    if differ:
+        raise UserError(f"{'; '.join(differ)}; use the checkpoint's, or another training.output")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -109,6 +109,13 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_field(
         train(recipe, resume=True)
 
 
+def test_all_fields_that_differ_are_named(recorded: Any, tmp_path: Path) -> None:
+    train(recorded.recipe(tmp_path, steps=2))
+    other = recorded.recipe(tmp_path, steps=3, seed=4, log_every=2)
+    with pytest.raises(UserError, match=r"training\.seed: .*; training\.steps: .* has 2, .* 3; use the"):
+        train(other, resume=True)
+
+
 def test_what_changes_no_batch_is_free_to_change(recorded: Any, tmp_path: Path) -> None:
     interrupt(recorded.recipe(tmp_path / "run"), 3)
     free = {"threads": 1, "prefetch": 0, "log_every": 1, "checkpoint_every": 5, "keep": 1}
