@@ -129,11 +129,12 @@ def _fit(ray: Any, trainer: Any) -> Exception | None:
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        died = {
-            rank: failure
+        # Of a worker that is gone, Ray Train wraps what Ray itself says.
+        causes = {
+            rank: getattr(failure, "health_check_failure", failure)
             for rank, failure in error.worker_failures.items()
-            if isinstance(failure, ray.exceptions.RayError)
         }
+        died = {rank: why for rank, why in causes.items() if isinstance(why, ray.exceptions.RayError)}
         if not died:
             return error  # type: ignore[no-any-return]
         rank, failure = min(died.items())
