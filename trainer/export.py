@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,21 +43,41 @@ def export_student(
     UserError with the exporter's message where it cannot.
     """
     student = read_checkpoint(checkpoint)
-    height, width = resolution or student.card.resolution
-    student.grid(height, width)  # UserError where they do not fit
-    sizes = [(height, width)]
-    if dynamic:
-        sizes.append((height + student.patch_size, width + 2 * student.patch_size))
+    size = resolution or student.card.resolution
+    student.grid(*size)  # UserError where they do not fit
     module = _Tuple(student if teacher is None else student.adapt(teacher)).eval()
     if to == "safetensors":
         write_student(student, out)
         loaded = load_student(out)
-        run: Run = _Tuple(loaded if teacher is None else loaded.adapt(teacher))
-    else:
-        run = _write(module, to, _file(out, SUFFIXES[to]), torch.rand(1, 3, height, width), dynamic)
-    for size in sizes:
-        _compare(module, run, size, to)
+        _compare(module, _Tuple(loaded if teacher is None else loaded.adapt(teacher)), size, to)
+        return out
+    images = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        module(images)  # UserError where its windows do not fit
+    path = _file(out, SUFFIXES[to])
+    partial = path.with_name(f".{path.name}")
+    try:
+        run = _write(module, to, partial, images, dynamic)
+        for other in _sizes(module, size, student.patch_size) if dynamic else [size]:
+            _compare(module, run, other, to)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return out
+
+
+def _sizes(module: nn.Module, size: tuple[int, int], patch: int) -> list[tuple[int, int]]:
+    """What a dynamic export is tried at: its own size, one wider, one taller, and one of another grid where
+    the student takes it (its windows may not divide that).
+    """
+    height, width = size
+    other = (height + patch, width + 2 * patch)
+    try:
+        with torch.no_grad():
+            module(torch.rand(1, 3, *other))
+    except UserError:
+        return [size, (height, 2 * width), (2 * height, width)]
+    return [size, (height, 2 * width), (2 * height, width), other]
 
 
 class _Tuple(nn.Module):
@@ -70,8 +92,12 @@ class _Tuple(nn.Module):
         return output.summary, output.spatial
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+def _reason(error: BaseException) -> str:
+    """The first cause's message, on one line: exporters wrap it in advice, with colours, about themselves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
+    return " ".join(plain.split())[:500]
 
 
 def _file(out: str, suffix: str) -> Path:
@@ -89,14 +115,17 @@ def _write(module: nn.Module, to: Format, path: Path, images: Tensor, dynamic: b
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about themselves
             return writers[to](module, path, images, dynamic)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        if isinstance(error, UserError):
-            raise
-        remedy = "leave out --dynamic, or choose" if dynamic else "choose"
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever an exporter raises: its own classes share no base
         raise UserError(
-            f"--to {to}: the exporter cannot take this student ({_one_line(error)}); {remedy} another of "
-            f"safetensors, {', '.join(SUFFIXES)}"
+            f"--to {to}: the exporter cannot take this student ({_reason(error)}); "
+            f"{'leave out --dynamic, or ' if dynamic else ''}choose {_others(to)}"
         ) from error
+
+
+def _others(to: Format) -> str:
+    return " or ".join(other for other in ("safetensors", *SUFFIXES) if other != to)
 
 
 def _torchscript(module: nn.Module, path: Path, images: Tensor, dynamic: bool) -> Run:
@@ -131,7 +160,9 @@ def _onnx(module: nn.Module, path: Path, images: Tensor, dynamic: bool) -> Run:
         external_data=False,
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised; it would be printed too
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(x) for x in session.run(NAMES, {"images": images.numpy()})]
 
 
@@ -146,15 +177,18 @@ def _compare(module: nn.Module, run: Run, size: tuple[int, int], to: Format) -> 
     with torch.no_grad():
         try:
             found = run(images)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:  # of another runtime, whose classes share no base
             raise UserError(
-                f"--to {to}: what was written does not run at {size[0]} x {size[1]} "
-                f"({_one_line(error)}); leave out --dynamic"
+                f"--to {to}: what was exported does not run at {size[0]} x {size[1]} ({_reason(error)}); "
+                f"leave out --dynamic if it was given, or choose {_others(to)}"
             ) from error
         for name, expected, other in zip(NAMES, module(images), found, strict=True):
-            error_norm = (expected - other).norm() / expected.norm().clamp(min=1e-12)
-            if expected.shape != other.shape or not error_norm <= TOLERANCE:
+            if expected.shape == other.shape:
+                error_norm = float((expected - other).norm() / expected.norm().clamp(min=1e-12))
+            else:
+                error_norm = math.inf
+            if not error_norm <= TOLERANCE:
                 raise UserError(
-                    f"--to {to}: at {size[0]} x {size[1]} the written student's {name} is off by "
-                    f"{float(error_norm):.2g} of its norm; do not use the file, choose another format"
+                    f"--to {to}: at {size[0]} x {size[1]} the exported student's {name} is off by "
+                    f"{error_norm:.2g} of its norm, so it was not kept; choose {_others(to)}"
                 )

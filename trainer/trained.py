@@ -19,7 +19,7 @@ from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import Frozen, TeacherSpec
 from storage_schemas.objects import Objects, open_objects
 from trainer.adaptors import Adaptor
-from trainer.checkpoint import ADAPTORS, RECORD, STUDENT, load_checkpoint
+from trainer.checkpoint import ADAPTORS, RECORD, STUDENT, find_checkpoint, load_checkpoint
 from trainer.config import TrainConfig
 from trainer.distillation import Distillation
 from trainer.metrics import read_metrics
@@ -83,8 +83,13 @@ class TrainedStudent(Student):
 
 
 def read_checkpoint(path: Path) -> TrainedStudent:
-    """The student of a checkpoint's folder, in evaluation mode, its heads at the teachers' own scale."""
-    checkpoint = load_checkpoint(path)
+    """The student of a checkpoint's folder, or of the newest of a folder of them, in evaluation mode, its
+    heads at the teachers' own scale.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise UserError(f"checkpoint: {str(path)!r} holds none; give the training.output of a recipe")
+    path, checkpoint = found, load_checkpoint(found)
     config = TrainConfig.from_recipe(checkpoint.meta["recipe"])
     metrics = [line for line in read_metrics(path.parent) if line["step"] == checkpoint.step]
     card = Card(

@@ -28,7 +28,7 @@ class CroppedPositions(nn.Module):
 
     def forward(self, batch: int, grid: tuple[int, int]) -> Tensor:
         """The vectors of `grid`, as b (h w) d or, where all samples share them, 1 (h w) d."""
-        if grid == (self.side, self.side):
+        if not _unknown(*grid) and grid == (self.side, self.side):
             return self.position.flatten(0, 1)[None]
         if self.training:
             return self.sample(draw_windows(batch, self.position.device), grid)
@@ -62,7 +62,20 @@ class CroppedPositions(nn.Module):
         longer: Any = torch.sym_max(*grid) if isinstance(grid[0], int | torch.SymInt) else max(grid)
         square = self.position.permute(2, 0, 1)[None]  # 1 d side side
         x = F.interpolate(square, (longer, longer), mode="bilinear", align_corners=True)
-        return x[:, :, : grid[0], : grid[1]].flatten(2).transpose(1, 2)
+        return _crop(x, *grid).flatten(2).transpose(1, 2)
+
+
+def _unknown(*sizes: int) -> bool:
+    """Whether a dynamic export traces: a branch on a size would hold the export to that side of it."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of b d h w."""
+    if _unknown(height, width):  # a slice asks whether it is the whole
+        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[:, :, :height, :width]
 
 
 def draw_windows(batch: int, device: torch.device) -> Tensor:

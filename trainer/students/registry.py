@@ -95,7 +95,7 @@ def _builder(
     if name.startswith(TIMM) and timm.is_model(model):
         return partial(TimmBackbone, model, resolution)
     if name not in STUDENTS:
-        close = get_close_matches(name, list_students(), n=3)
+        close = get_close_matches(_spelt(name), list_students(), n=3)
         hint = (
             f"the closest are {', '.join(close)}"
             if close
@@ -109,3 +109,9 @@ def _builder(
                 f"student {name!r} does not take the setting {setting!r}: it takes {', '.join(known)}"
             )
     return STUDENTS[name]
+
+
+def _spelt(name: str) -> str:
+    """A name as the registry spells it: the paper has E-RADIO-B and RADIO-ViT-B/16."""
+    plain = name.lower().replace("e-radio", "eradio").replace("-", "_")
+    return plain if plain.startswith(TIMM) else plain.replace("/", "")

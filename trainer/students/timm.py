@@ -44,9 +44,10 @@ class TimmBackbone(nn.Module):
         try:
             spatial = self(parameter.new_zeros(1, 3, height, width)).spatial
         except (AssertionError, IndexError, RuntimeError) as error:  # how timm's models refuse a size
+            made_for = " x ".join(map(str, self.model.pretrained_cfg["input_size"][1:]))
             raise UserError(
-                f"student 'timm/{self.name}' does not take {height} x {width} images ({error}). Give the "
-                f"resolution it was made for, or the setting img_size if the model has it"
+                f"student 'timm/{self.name}' does not take {height} x {width} images ({error}). Give "
+                f"{made_for}, which it was made for, or the setting img_size if the model has it"
             ) from error
         finally:
             for module, training in modes:
@@ -68,9 +69,11 @@ class TimmBackbone(nn.Module):
         h, w = -(-height // self.patch_size), -(-width // self.patch_size)
         prefix = features.shape[1] - h * w
         if prefix < 0:
+            whole = height % self.patch_size == width % self.patch_size == 0
+            remedy = "choose another model" if whole else f"give multiples of {self.patch_size}"
             raise UserError(
                 f"student 'timm/{self.name}' gives {features.shape[1]} tokens for {height} x {width} pixels, "
-                f"fewer than its {h} x {w} patches: choose another model"
+                f"fewer than its {h} x {w} patches: {remedy}"
             )
         return features[:, prefix:].reshape(len(features), h, w, -1)  # b h w d
 
@@ -86,9 +89,11 @@ def _create_at(model: str, resolution: tuple[int, int] | None, settings: dict[st
         return _create(model, settings)  # timm has no means for this one: `grid` says whether it fits
     except AssertionError as error:
         height, width = resolution
+        reason = f" ({error})" if str(error) else ""
+        square = ", or another square" if height != width else ""
         raise UserError(
-            f"student 'timm/{model}' cannot be made for {height} x {width} images ({error}); it was made for "
-            f"{' x '.join(map(str, config.input_size[1:]))}"
+            f"student 'timm/{model}' cannot be made for {height} x {width} images{reason}; give "
+            f"{' x '.join(map(str, config.input_size[1:]))}, which it was made for{square}"
         ) from error
 
 

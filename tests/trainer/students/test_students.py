@@ -89,6 +89,15 @@ def test_timm_size_that_does_not_fit_is_named() -> None:
         student.grid(64, 96)
 
 
+def test_sizes_that_do_fit_are_named() -> None:
+    with pytest.raises(UserError, match="give multiples of 16"):
+        create_student("timm/vit_tiny_patch16_224", img_size=100, depth=1).grid(100, 100)
+    with pytest.raises(UserError, match=r"cannot be made for 64 x 96 images; give 224 x 224.*another square"):
+        create_student("timm/mvitv2_tiny", resolution=(64, 96))
+    with pytest.raises(UserError, match=r"does not take 65 x 65 .* Give 224 x 224"):
+        create_student("timm/vit_tiny_patch16_224", depth=1).grid(65, 65)
+
+
 @pytest.mark.parametrize("model", ["pit_ti_224", "crossvit_tiny_240"])
 def test_timm_models_without_one_map_are_refused(model: str) -> None:
     size = 240 if model.startswith("crossvit") else 224
@@ -115,6 +124,9 @@ def test_unknown_names_get_the_closest_ones() -> None:
         create_student("radio_vit_ti61")
     with pytest.raises(UserError, match=r"'timm/resnet18b'.*timm/resnet18"):
         create_student("timm/resnet18b")
+    for written, meant in (("E-RADIO-B", "eradio_b"), ("RADIO-ViT-L/14", "radio_vit_l14")):
+        with pytest.raises(UserError, match=f"the closest are {meant},"):
+            create_student(written)
     with pytest.raises(UserError, match=r"there are .*timm/NAME"):
         create_student("?")
 
