@@ -27,6 +27,7 @@ type: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/memory.py
 
 $(INSTALLED): pyproject.toml constraints.txt
