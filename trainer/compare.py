@@ -160,8 +160,8 @@ def compare(
         except FAILURES as error:
             fail(variant, error)
     constant = {name: d for _, others, _ in found for name, d in others.items()}
-    teachers = {name: top1 for *_, others in found for name, top1 in others.items()}
-    done = Comparison(key, [result for result, *_ in found], constant, teachers, failed, None)
+    beside = {name: top1 for *_, others in found for name, top1 in others.items()}
+    done = Comparison(key, [result for result, *_ in found], constant, beside, failed, None)
     return with_page(done, Path(configs[0].training.output).parent / f"{key}.html") if found else done
 
 
@@ -183,7 +183,7 @@ def _train(variant: Variant, advance: Advance) -> Path:
 def _measure(
     variant: Variant, checkpoint: Path, batch_size: int
 ) -> tuple[Result, dict[str, FeatureDistance], dict[str, float]]:
-    """(the variant's result, a constant's distances, the teachers' k-NN)."""
+    """(the variant's result, a constant's distances, k-NN of the teachers and of raw pixels)."""
     model, _ = load_distillation(checkpoint)
     subject = Subject(TrainConfig.from_recipe(variant.measured_by), model)
     distance = subject.distance()

@@ -302,7 +302,7 @@ def test_compare_prints_a_table_and_writes_a_page(project: Project, tmp_path: Pa
         folder = tmp_path / "compare" / entry["name"].replace("/", "-")
         assert entry["checkpoint"] == str(folder / "step-00000004")
         knn = json.loads(succeed("eval", "knn", folder, "--json"))
-        assert (entry["knn"], found["teachers"]["cnn"]) == (knn["student"], knn["cnn"])
+        assert (entry["knn"], found["knn_beside"]["cnn"]) == (knn["student"], knn["cnn"])
         distance = json.loads(succeed("eval", "distance", folder, "--json"))
         assert (entry["distance"], found["constant"]) == (distance["student"], distance["constant"])
         assert f"{entry['distance']['cnn']['summary']:.4f}" in result.stdout

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from storage_schemas.errors import UserError
 from trainer.compare import compare, of_students, of_values
@@ -41,7 +42,7 @@ def test_each_student_learns_as_it_would_alone(recipe: dict[str, Any], tmp_path:
         subject = Subject(TrainConfig.from_recipe(alone), load_distillation(checkpoint)[0])
         assert result.distance == subject.distance()["student"]
         assert found.constant == subject.distance()["constant"]
-        assert {**found.teachers, "student": result.knn} == subject.knn()
+        assert {**found.knn_beside, "student": result.knn} == subject.knn()
         assert result.parameters == sum(
             p.numel() for p in load_distillation(checkpoint)[0].student.parameters()
         )
@@ -94,7 +95,7 @@ def test_the_table_has_every_figure_and_the_page_too(recipe: dict[str, Any]) -> 
     _, variants = of_values(recipe, "training.balancing=naive,adaloss")
     found = compare("training.balancing", variants, 4)
     head, rows = found.table()
-    assert [len(row) for row in rows] == [len(head)] * (2 + 1 + 2)  # the constant, and two teachers
+    assert [len(row) for row in rows] == [len(head)] * (2 + 1 + 3)  # a constant, two teachers, raw pixels
     assert found.page is not None
     page = Path(found.page)
     assert page == Path(recipe["training"]["output"]) / "compare/training.balancing.html"
@@ -107,7 +108,7 @@ def test_the_table_has_every_figure_and_the_page_too(recipe: dict[str, Any]) -> 
             assert f"{distance.summary:.4f} / {distance.spatial:.4f}" in {
                 cell for row in rows for cell in row
             }
-    assert asdict(found)["results"][0]["throughput"]["threads"] == 2
+    assert asdict(found)["results"][0]["throughput"]["threads"] == torch.get_num_threads()
 
 
 def test_closeness_is_zero_for_a_constant_and_one_for_a_copy(recipe: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of the values of `key`: what was measured, and what a constant answer and the teachers reach.
+    """Of the values of `key`: what was measured, and what a constant answer, the teachers and raw pixels reach.
 
     failed: why, by name. page: the HTML page with the plot; None where nothing was measured.
     """
@@ -50,15 +50,15 @@ class Comparison:
     key: str
     results: list[Result]
     constant: dict[str, FeatureDistance]
-    teachers: dict[str, float]
+    knn_beside: dict[str, float]
     failed: dict[str, str]
     page: str | None
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(titles, rows): a row a variant, then the constant and the teachers."""
+        """(titles, rows): a row a variant, then the constant, the teachers and raw pixels."""
         head = [self.key, "parameters", "images/s", "training views/s"]
         head += [f"{name}: summary / spatial" for name in self.constant]
-        knn = bool(self.teachers)
+        knn = bool(self.knn_beside)
         rows = [
             [r.name, f"{r.parameters:,}", f"{r.throughput.images_per_second:.1f}"]
             + [f"{r.training_views_per_second:.1f}", *_distances(r.distance, self.constant)]
@@ -70,8 +70,8 @@ class Comparison:
             own = _distances(self.constant, self.constant)
             rows.append(["(a constant)", *blank, *own, *([""] if knn else [])])
         rows += [
-            [f"(teacher {name})", *blank, *[""] * len(self.constant), _percent(top1)]
-            for name, top1 in self.teachers.items()
+            [f"({name})", *blank, *[""] * len(self.constant), _percent(top1)]
+            for name, top1 in self.knn_beside.items()
         ]
         return head + (["k-NN"] if knn else []), rows
 
@@ -101,7 +101,7 @@ def with_page(found: Comparison, path: Path) -> Comparison:
 
 def _charts(found: Comparison) -> Iterator[tuple[str, list[Point]]]:
     speeds = [(r, r.throughput.images_per_second) for r in found.results]
-    if found.teachers:
+    if found.knn_beside:
         yield "k-NN top-1, %", [Point(r.name, speed, 100 * r.knn) for r, speed in speeds if r.knn is not None]
     closeness = "Distance to the teachers that is gone, % of a constant's"
     yield closeness, [Point(r.name, speed, 100 * r.closeness(found.constant)) for r, speed in speeds]
