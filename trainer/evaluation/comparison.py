@@ -42,7 +42,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of the values of `key`: what was measured, and what a constant answer, the teachers and raw pixels reach.
+    """Of the values of `key`: what was measured, and what a constant, the teachers and raw pixels reach.
 
     failed: why, by name. page: the HTML page with the plot; None where nothing was measured.
     """
