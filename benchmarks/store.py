@@ -5,7 +5,7 @@
 Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory that is
 new for each batch, as prefetching needs it; page cache warm; every rival on as many threads as ours, each
 thread reading whole batches, as the trainer's reader does. Ours checks a CRC-32C for every row, the rivals
-check nothing. Writing: the same rows through PartWriter (checksums, SHA-256 of every object read back,
+check nothing. Writing: the same rows through PartWriter (checksums, BLAKE3 of every object, read back,
 commit) beside `np.save`. Rivals take turns within a run; figures are medians over the runs and ratios are
 medians of the runs' own ratios.
 """

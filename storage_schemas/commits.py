@@ -22,8 +22,8 @@ ObjectPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(/[A-Za-z0-9_]+)*(/zar
 
 
 class ObjectDigest(Frozen):
-    """An object of a part: its path below the part, and the size and BLAKE3 of what was read back after
-    writing (BLAKE3 because SHA-256, four times slower, would be what bounds the writing).
+    """An object of a part: its path below the part, and the size and BLAKE3 of what was written, which was
+    then read back and found the same (BLAKE3 because SHA-256, four times slower, would bound the writing).
     """
 
     path: ObjectPath

@@ -151,7 +151,8 @@ class ShardStream:
         self.room -= len(rows)
         if self.room == 0:
             self._lay(self._index())
-            self._send(self._piece[: self._used])
+            if self._used:
+                self._send(self._piece[: self._used])
 
     def _lay(self, data: Bytes) -> int:
         """Copy into the pieces, a step at a time that the cache holds; the data's CRC-32C."""

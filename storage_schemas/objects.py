@@ -1,7 +1,7 @@
 """Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
 
-Only calls that an object store has are used: whole puts, put-if-absent, range reads, listings. Nothing is
-renamed or appended to. A put is atomic: a killed process leaves an object whole or absent (a local one with
+Only calls that an object store has are used: whole puts, uploads in parts, put-if-absent, range reads,
+listings. A put is atomic: a killed process leaves an object whole or absent (a local one with
 perhaps `<object>#<n>` beside it, which no listing shows). A power loss may take more: no file is fsynced.
 """
 
@@ -161,7 +161,9 @@ class ObjectWriter:
         """The next bytes."""
         self._left -= len(data)
         if self._remote is not None:
-            self._remote.write(data)  # type: ignore[arg-type]
+            self._remote.write(
+                bytes(data)
+            )  # it may keep what it is given, and the caller goes on using `data`
             return
         while len(data):
             data = data[os.write(self._descriptor, data) :]  # type: ignore[arg-type]

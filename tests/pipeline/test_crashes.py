@@ -21,7 +21,7 @@ import torch
 from pipeline.extract import extract
 from pipeline.teachers import FAMILIES
 from storage_schemas.features import TeacherOutput
-from storage_schemas.objects import Objects
+from storage_schemas.objects import Objects, ObjectWriter
 from storage_schemas.store import FeatureStore
 from tests.recording import (
     FakeTeacher,
@@ -32,6 +32,7 @@ from tests.recording import (
     problems,
 )
 
+PUTS = ((Objects, "put"), (Objects, "put_if_absent"), (ObjectWriter, "write"), (ObjectWriter, "finish"))
 SECONDS = 60  # no child takes a tenth of it
 
 
@@ -60,8 +61,8 @@ def run_to_end(folder: Path, report: Path | None = None, seconds_a_batch: float 
 
 
 def die_at(folder: Path, call: int) -> None:
-    """`extract` in a child that is killed right before its n-th put of any kind, so after the one before it,
-    or at the end of all.
+    """`extract` in a child that is killed right before its n-th put, piece or finish, so after the one before
+    it, or at the end of all.
     """
     lock, calls = threading.Lock(), 0
 
@@ -78,6 +79,8 @@ def die_at(folder: Path, call: int) -> None:
 
     Objects.put = deadly(Objects.put)  # type: ignore[method-assign]
     Objects.put_if_absent = deadly(Objects.put_if_absent)  # type: ignore[method-assign]
+    ObjectWriter.write = deadly(ObjectWriter.write)  # type: ignore[method-assign]
+    ObjectWriter.finish = deadly(ObjectWriter.finish)  # type: ignore[method-assign]
     run_to_end(folder)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -128,8 +131,8 @@ def count_puts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         return wrapped
 
     with monkeypatch.context() as patch:
-        for name in ("put", "put_if_absent"):
-            patch.setattr(Objects, name, counting(getattr(Objects, name)))
+        for owner, name in PUTS:
+            patch.setattr(owner, name, counting(getattr(owner, name)))
         extract(make_config(folder))
     shutil.rmtree(folder / "store")
     return calls

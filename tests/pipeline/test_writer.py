@@ -4,14 +4,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipeline import sending
+from pipeline.sending import ArraySender
 from pipeline.writer import PartWriter
 from storage_schemas import layout
 from storage_schemas.commits import SourceTar
 from storage_schemas.errors import DataDamage
-from storage_schemas.features import TeacherOutput
-from storage_schemas.objects import Objects
+from storage_schemas.objects import Objects, ObjectWriter
 from storage_schemas.store import FeatureStore
 from tests.recording import make_spec, make_store, problems, random_output, view_table, write_part
 
@@ -82,18 +84,22 @@ def test_an_answer_that_is_lost_and_never_comes_keeps_what_may_count(
     assert problems(store) == []
 
 
+@pytest.mark.parametrize("call", ["put", "write"])
+@pytest.mark.parametrize("url", ["local", "memory"])
 def test_what_does_not_read_back_as_written_is_not_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, url: str, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = make_store(tmp_path)
-    put = Objects.put
+    store = make_store(tmp_path if url == "local" else f"memory://flipped-{call}")
+    owner: Any = Objects if call == "put" else ObjectWriter
+    whole = getattr(owner, call)
 
-    def flip(self: Objects, path: str, data: Any) -> None:
-        changed = bytearray(bytes(data))
+    def flip(self: Any, *arguments: Any) -> None:
+        *path, data = arguments
+        changed = np.array(np.frombuffer(data, dtype=np.uint8))
         changed[len(changed) // 2] ^= 1
-        put(self, path, bytes(changed))
+        whole(self, *path, changed)
 
-    monkeypatch.setattr(Objects, "put", flip)
+    monkeypatch.setattr(owner, call, flip)
     writer, digest = begin(store)
     writer.append(random_output(writer.spec, 6))
     with pytest.raises(DataDamage, match=r"shard 'a': object .* read back with"):
@@ -102,31 +108,54 @@ def test_what_does_not_read_back_as_written_is_not_committed(
     assert store.shards("fake") == store.garbage() == []
 
 
-def test_few_objects_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [7, 64, 1000])
+@pytest.mark.parametrize("url", ["local", "memory"])
+def test_objects_do_not_depend_on_the_pieces_nor_on_memory_that_is_used_again(
+    tmp_path: Path, url: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "SHARD_BYTES", 600)
+    spec = make_spec()
+    whole = write_part(make_store(tmp_path / "whole"), spec, random_output(spec, 13))
+    monkeypatch.setattr(sending, "PIECE_BYTES", piece)
+    monkeypatch.setattr(layout, "STEP_BYTES", 11)
+    store = make_store(tmp_path / "pieces" if url == "local" else f"memory://pieces-{piece}")
+    assert write_part(store, spec, random_output(spec, 13)).objects == whole.objects
+    assert problems(store) == []
+
+
+def test_an_attempt_that_ends_within_an_object_leaves_no_file(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    writer, _ = begin(store, rows=6)
+    writer.append(random_output(writer.spec, 4))
+    assert len(list(tmp_path.rglob("*#*"))) == 2  # of summary and spatial, which no listing shows
+    assert [path for path, _ in store.objects.walk("teachers/fake/parts")] == []
+    writer.close()
+    assert list(tmp_path.rglob("*#*")) == []
+
+
+def test_few_pieces_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SHARD_BYTES", 1)  # each row is an object
     live, most, lock = 0, 0, threading.Lock()
-    make, put = layout.ShardBuffer.__init__, PartWriter._put_and_digest
+    submit, write = ArraySender._send, ObjectWriter.write
 
-    def count_up(self: layout.ShardBuffer, *arguments: Any) -> None:
+    def count_up(self: ArraySender, piece: Any) -> Any:
         nonlocal live, most
         with lock:
             live += 1
             most = max(most, live)
-        make(self, *arguments)
+        return submit(self, piece)
 
-    def count_down(self: PartWriter, name: str, data: Any) -> Any:
+    def count_down(self: ObjectWriter, data: Any) -> None:
         nonlocal live
-        digest = put(self, name, data)
+        write(self, data)
         with lock:
-            live -= "/c/" in name
-        return digest
+            live -= 1
 
-    monkeypatch.setattr(layout.ShardBuffer, "__init__", count_up)
-    monkeypatch.setattr(PartWriter, "_put_and_digest", count_down)
+    monkeypatch.setattr(ArraySender, "_send", count_up)
+    monkeypatch.setattr(ObjectWriter, "write", count_down)
     store = make_store(tmp_path)
     writer, _ = begin(store, rows=40)
     for start in range(40):
-        output = random_output(writer.spec, 1, start)
-        writer.append(TeacherOutput(output.summary, output.spatial))
+        writer.append(random_output(writer.spec, 1, start))
     writer.close()
-    assert most <= 2 + 2  # two being put, and one of each array being filled
+    assert (live, most <= 2 * sending.PIECES) == (0, True)  # of two arrays
