@@ -2,12 +2,12 @@
 
     python benchmarks/store.py [--rows 1024] [--runs 7] [--folder DIR]
 
-Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory that is
-new for each batch, as prefetching needs it; page cache warm; every rival on as many threads as ours, each
-thread reading whole batches, as the trainer's reader does. Ours checks a CRC-32C for every row, the rivals
-check nothing. Writing: the same rows through PartWriter (checksums, BLAKE3 of every object, read back,
-commit) beside `np.save`. Rivals take turns within a run; figures are medians over the runs and ratios are
-medians of the runs' own ratios.
+Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory of
+batches that are done with, which the trainer's reader uses again, and so does every rival here; page cache
+warm; every rival on as many threads as ours, each thread reading whole batches, as the reader does. Ours
+checks a CRC-32C for every row, the rivals check nothing. Writing: the same rows through PartWriter
+(checksums, BLAKE3 of every object, read back, commit) beside `np.save`. Rivals take turns within a run;
+figures are medians over the runs and ratios are medians of the runs' own ratios.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ from storage_schemas.commits import SourceTar
 from storage_schemas.features import TeacherOutput
 from storage_schemas.manifest import PatchGrid, StoreManifest, TeacherSpec
 from storage_schemas.store import FeatureStore
+from trainer.memory import RecycledMemory
 from trainer.order import ViewOrder
 
 GRID, WIDTH, BATCH = 16, 1280, 32
 ROW = (GRID, GRID, WIDTH)
 ROW_BYTES = GRID * GRID * WIDTH * 2
+
+MEMORY = RecycledMemory()
 
 Features = NDArray[np.float16]
 ReadBatch = Callable[[list[int]], Features]
@@ -155,11 +158,17 @@ def write_part(store: FeatureStore, rows: Features, shard: str) -> str:
     return writer.attempt
 
 
+def new_batch(rows: int) -> Features:
+    """Memory as the trainer's reader gives it to a batch: that of a batch that is done with."""
+    batch: Features = MEMORY.empty((rows, *ROW), torch.float16).numpy()
+    return batch
+
+
 def _part_reader(store: FeatureStore) -> ReadBatch:
     part = store.part("t", "s")
 
     def read(rows: list[int]) -> Features:
-        out = np.empty((len(rows), *ROW), np.float16)
+        out = new_batch(len(rows))
         part.read_spatial(rows, out)
         return out
 
@@ -170,7 +179,7 @@ def _zarr_reader(store: FeatureStore) -> ReadBatch:
     spatial = store.part("t", "s").spatial
 
     def read(rows: list[int]) -> Features:
-        out = np.empty((len(rows), *ROW), np.float16)
+        out = new_batch(len(rows))
         for place, row in enumerate(rows):
             out[place] = spatial[row]
         return out
@@ -182,7 +191,7 @@ def _mapped_reader(path: Path) -> ReadBatch:
     mapped = np.load(path, mmap_mode="r")
 
     def read(rows: list[int]) -> Features:
-        out = np.empty((len(rows), *ROW), np.float16)
+        out = new_batch(len(rows))
         for place, row in enumerate(rows):
             out[place] = mapped[row]
         return out
@@ -192,7 +201,7 @@ def _mapped_reader(path: Path) -> ReadBatch:
 
 def _seek_reader(path: Path) -> ReadBatch:
     def read(rows: list[int]) -> Features:
-        out = np.empty((len(rows), *ROW), np.float16)
+        out = new_batch(len(rows))
         with path.open("rb") as file:  # opened for each batch: threads must not share a position
             for place, row in enumerate(rows):
                 file.seek(row * ROW_BYTES)
@@ -205,7 +214,7 @@ def _seek_reader(path: Path) -> ReadBatch:
 def _read_tar(path: Path, rows: int) -> None:
     samples = iter(webdataset.WebDataset(str(path), shardshuffle=False))
     for _ in range(0, rows, BATCH):
-        out = np.empty((BATCH, *ROW), np.float16)
+        out = new_batch(BATCH)
         for place in range(BATCH):
             out[place] = safetensors.numpy.load(next(samples)["safetensors"])["spatial"]
 

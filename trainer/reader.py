@@ -28,6 +28,7 @@ from storage_schemas.parts import Part
 from storage_schemas.replay import CropReplay
 from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
+from trainer.memory import RecycledMemory
 from trainer.order import ViewOrder
 
 COMMIT_READERS = 16  # threads: on an object store each commit is a request, and there is one a shard
@@ -101,6 +102,7 @@ class TargetReader:
         self.ahead = threads + prefetch
         self.on_corrupt = on_corrupt
         self.shards = tuple(sources)
+        self._memory = RecycledMemory()
         self.specs = {name: store.spec(name) for name in teachers}
         _require_same_pixels({name: spec.pixels for name, spec in self.specs.items()})
         self._sources = dict(sources)
@@ -170,7 +172,7 @@ class TargetReader:
         """The batch of b 2 indices of an order."""
         views = self.views(picks)
         damage: list[str] = []
-        images = torch.empty(len(views), 3, *self.resolution, dtype=torch.uint8)
+        images = self._memory.empty((len(views), 3, *self.resolution), torch.uint8)
         whole = np.ones(len(views), dtype=bool)
         for place, (shard, row) in enumerate(views.tolist()):
             if not self._attempt(damage, lambda: self._cut(images[place], shard, row)):  # noqa: B023
@@ -190,10 +192,9 @@ class TargetReader:
     ) -> TeacherOutput:
         """Of the rows that are `whole`; clears `valid`, b, where their features are not, and notes it."""
         spec = self.specs[teacher]
-        summary = torch.empty(len(views), spec.summary_dim, dtype=torch.float16)
-        spatial = torch.empty(
-            len(views), spec.grid.height, spec.grid.width, spec.spatial_dim, dtype=torch.float16
-        )
+        cells = (spec.grid.height, spec.grid.width, spec.spatial_dim)
+        summary = self._memory.empty((len(views), spec.summary_dim), torch.float16)
+        spatial = self._memory.empty((len(views), *cells), torch.float16)
         summary_rows, spatial_rows = summary.numpy(), spatial.numpy()
 
         def read(shard: int, places: Sequence[int]) -> None:

@@ -154,8 +154,9 @@ def test_few_pieces_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ArraySender, "_send", count_up)
     monkeypatch.setattr(ObjectWriter, "write", count_down)
     store = make_store(tmp_path)
-    writer, _ = begin(store, rows=40)
+    writer, digest = begin(store, rows=40)
     for start in range(40):
         writer.append(random_output(writer.spec, 1, start))
+    writer.commit(SOURCE, digest)
     writer.close()
     assert (live, most <= 2 * sending.PIECES) == (0, True)  # of two arrays
