@@ -64,14 +64,13 @@ class ArraySender:
 
     def _begin(self) -> None:
         self._stream = ShardStream(self._array, self._shard, self._memory[0], self._send)
-        self._digest = blake3(max_threads=blake3.AUTO)
+        self._digest = blake3()
         self._open = self._store.open_writer(f"{self._folder}/{self._stream.path}", self._stream.nbytes)
         self._shard += 1
 
     def _send(self, piece: Bytes) -> Bytes:
         assert self._open is not None
-        self._writes.append(self._threads.write.submit(self._open.write, piece))
-        self._digest.update(piece)  # type: ignore[arg-type]
+        self._writes.append(self._threads.write.submit(_write, self._open, self._digest, piece))
         if len(self._writes) == PIECES:
             self._writes.popleft().result()
         self._memory.rotate(-1)
@@ -80,22 +79,22 @@ class ArraySender:
     def _end(self) -> None:
         writer, self._open = self._open, None
         assert writer is not None
-        stream, digest, writes = self._stream, self._digest.hexdigest(), tuple(self._writes)
-        entry = ObjectDigest(path=stream.path, size=stream.nbytes, blake3=digest)
+        stream, digest, writes = self._stream, self._digest, tuple(self._writes)
 
-        def finish() -> None:
+        def finish() -> ObjectDigest:
             try:
                 for write in writes:
                     write.result()
                 writer.finish()
             finally:
                 writer.abort()
+            return ObjectDigest(path=stream.path, size=stream.nbytes, blake3=digest.hexdigest())
 
         finished = self._threads.write.submit(finish)
-        self.objects.append(self._threads.check.submit(self._check, finished, entry, stream.checksum))
+        self.objects.append(self._threads.check.submit(self._check, finished, stream.checksum))
 
-    def _check(self, finished: Future[None], entry: ObjectDigest, checksum: int) -> ObjectDigest:
-        finished.result()
+    def _check(self, finished: Future[ObjectDigest], checksum: int) -> ObjectDigest:
+        entry = finished.result()
         path = f"{self._folder}/{entry.path}"
         found = checksum_object(self._store, path)
         if found != (entry.size, checksum):
@@ -109,3 +108,9 @@ class ArraySender:
         """After the threads are closed: leave nothing of an object that is not complete."""
         if self._open is not None:
             self._open.abort()
+
+
+def _write(writer: ObjectWriter, digest: blake3, piece: Bytes) -> None:
+    """In the thread that writes: what fills the pieces has its core to itself."""
+    writer.write(piece)
+    digest.update(piece)  # type: ignore[arg-type]
