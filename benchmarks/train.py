@@ -187,12 +187,14 @@ def _compare(trainer: Trainer, steps: int, runs: int) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     waits = []
-    for _ in range(runs):
+    for turn in range(runs):
         for name, run in rivals.items():
             took, waited = run()
             seconds[name].append(took)
             if name == "store":
                 waits.append(waited)
+        took_all = ", ".join(f"{name} {found[-1]:.3f}" for name, found in seconds.items())
+        print(f"  run {turn + 1}, seconds a batch: {took_all}", flush=True)
     _report(seconds, waits, len(batch.images))
 
 
