@@ -281,7 +281,7 @@ def test_the_module_and_its_exit_code_are_those_of_the_command(folder: Path) -> 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: recipe: ")

@@ -282,7 +282,7 @@ def test_under_torchrun_an_error_is_said_once(project: Project) -> None:
         "training.steps=0",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode != 0
     assert done.stderr.count("error: recipe.training.steps: 0") == 1, done.stderr
 
