@@ -9,7 +9,7 @@ and gamma) multiply these.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,10 @@ class Balancing(nn.Module, ABC):
     def observe(self, means: Mapping[str, Tensor]) -> None:
         """The terms' means over the global batch of a step."""
 
+    def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
+        """Those that take no part where only these teachers are served."""
+        return []
+
     def _known(self, terms: Sequence[str]) -> list[str]:
         return [term for term in terms if term in self.places]
 
@@ -64,14 +68,16 @@ class Uncertainty(Balancing):
 
     def __init__(self, terms: Sequence[str], summary_dim: int, config: BalancingConfig) -> None:
         super().__init__(terms, summary_dim, config)
-        self.b = nn.Parameter(torch.zeros(len(terms)))
+        self.b = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in terms)
         self._penalty = config.penalty
 
     def weigh(self, terms: Sequence[str], summary: Tensor) -> Weights:
-        known = self._known(terms)
-        b = self.b[[self.places[term] for term in known]]
-        factors = torch.exp(-b)
-        return Weights(dict(zip(known, factors, strict=True)), self._penalty * F.softplus(b).sum())
+        b = {term: self.b[self.places[term]] for term in self._known(terms)}
+        penalty = sum(self._penalty * F.softplus(value) for value in b.values())
+        return Weights({term: torch.exp(-value) for term, value in b.items()}, penalty)
+
+    def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
+        return [self.b[i] for term, i in self.places.items() if _teacher(term) not in teachers]
 
 
 class AdaLoss(Balancing):
@@ -104,23 +110,28 @@ class AmtmlKd(Balancing):
     """For each image a softmax over teachers, from a latent vector a teacher (AMTML-KD, Liu et al. 2020).
 
     logit = v . (latent * summary); both terms of a teacher have its weight. Weights are times the number of
-    teachers, so they start at 1. Nothing holds them up where a loss is large: AM-RADIO saw them collapse onto
-    CLIP.
+    teachers in the batch, so they start at 1; a teacher that is alone in its group keeps 1. Nothing holds
+    them up where a loss is large: AM-RADIO saw them collapse onto CLIP.
     """
 
     def __init__(self, terms: Sequence[str], summary_dim: int, config: BalancingConfig) -> None:
         super().__init__(terms, summary_dim, config)
         self.teachers = list(dict.fromkeys(_teacher(term) for term in terms))
-        self.latent_token = nn.Parameter(torch.zeros(len(self.teachers), summary_dim))  # not to be decayed
+        self.latent = nn.ParameterList(nn.Parameter(torch.zeros(summary_dim)) for _ in self.teachers)
         self.v = nn.Parameter(torch.full((summary_dim,), summary_dim**-0.5))
 
     def weigh(self, terms: Sequence[str], summary: Tensor) -> Weights:
         known = self._known(terms)
         teachers = list(dict.fromkeys(map(_teacher, known)))
-        latent = self.latent_token[[self.teachers.index(name) for name in teachers]]  # t d
+        if not teachers:
+            return Weights()
+        latent = torch.stack([self.latent[self.teachers.index(name)] for name in teachers])  # t d
         logits = (summary.float()[:, None] * latent) @ self.v  # b t
         weights = len(teachers) * logits.softmax(-1)
         return Weights({term: weights[:, teachers.index(_teacher(term))] for term in known})
+
+    def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
+        return [self.latent[i] for i, name in enumerate(self.teachers) if name not in teachers]
 
 
 BALANCINGS: dict[str, type[Balancing]] = {

@@ -30,7 +30,6 @@ from trainer.students.registry import require_student
 from trainer.train import train
 
 FOLDER = "compare"
-FAILURES = (UserError, DataDamage, OSError, RuntimeError)  # RuntimeError: shapes and memory, as torch says it
 Advance = Callable[[int, str], None]
 
 
@@ -150,14 +149,14 @@ def compare(
     for variant in variants:
         try:
             checkpoints[variant.name] = _train(variant, advance)
-        except FAILURES as error:
+        except Exception as error:  # whatever a student meets: the others are not to wait for it
             fail(variant, error)
     found = []
     for variant in (variant for variant in variants if variant.name in checkpoints):
         advance(0, f"{variant.name}: measuring")
         try:
             found.append(_measure(variant, checkpoints[variant.name], batch_size))
-        except FAILURES as error:
+        except Exception as error:  # as above
             fail(variant, error)
     constant = {name: d for _, others, _ in found for name, d in others.items()}
     beside = {name: top1 for *_, others in found for name, top1 in others.items()}

@@ -49,6 +49,13 @@ class LossConfig(Frozen, allow_inf_nan=False):
     magnitude: Literal["smooth_l1", "l1", "mse"] = "smooth_l1"
     transition: float = Field(1.0, gt=0)
 
+    @field_validator("smooth_l1")
+    @classmethod
+    def _is_a_loss(cls, smooth_l1: float, info: ValidationInfo) -> float:
+        if not smooth_l1 and not info.data.get("cosine"):
+            raise ValueError("is 0 beside cosine 0: nothing would be learned from spatial features")
+        return smooth_l1
+
     def weight(self, term: str) -> float:
         """Of a term of the loss, named teacher/summary or teacher/spatial."""
         teacher, kind = term.split("/")
@@ -183,7 +190,7 @@ class TrainingConfig(Frozen, allow_inf_nan=False):
 # computes, and what it says of itself. (Another device, or a compiled model, rounds differently.)
 FREE_ON_RESUME = frozenset(
     {
-        *("output", "device", "compile", "accumulate", "threads", "prefetch", "on_corrupt"),
+        *("output", "device", "compile", "split", "accumulate", "threads", "prefetch", "on_corrupt"),
         *("log_every", "evaluate_every", "checkpoint_every", "keep", "wandb"),
     }
 )
@@ -242,7 +249,7 @@ def require_same_run(before: TrainConfig, now: TrainConfig, where: str) -> None:
         old, new = (_flat(getattr(config, section).model_dump()) for config in (before, now))
         differ += [
             f"{section}.{key}: {where} has {old.get(key)!r}, the recipe has {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
+            for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "name", key))
             if old.get(key) != new.get(key) and key not in FREE_ON_RESUME
         ]
     if differ:

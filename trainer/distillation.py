@@ -78,10 +78,11 @@ class Distillation(nn.Module):
         predictions: Predictions = self(images, teachers)
         return predictions.by_teacher
 
-    def heads_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
-        """Parameters of the heads for all other teachers: they take no part where only these are served."""
+    def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
+        """Of all other teachers' heads and balancing: they take no part where only these are served."""
         others = (head for name, head in self.adaptors.items() if name not in teachers)
-        return [parameter for head in others for parameter in head.parameters()]
+        heads = [parameter for head in others for parameter in head.parameters()]
+        return heads + self.balancing.parameters_beside(teachers)
 
     def normalize(self, targets: Mapping[str, TeacherOutput]) -> dict[str, TeacherOutput]:
         """Some teachers' features as the adaptors predict them in training, which is what losses compare."""
@@ -111,9 +112,12 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
         balancing = create_balancing(training.balancing, weighed, student.summary_dim)
         heads = (training.adaptor_hidden, training.adaptor_blocks, training.normalizer)
         model = Distillation(student, specs, *heads, balancing)
-    groups = training.teacher_groups([*specs]).values()
-    for resolution in {training.resolution, *(group.resolution or training.resolution for group in groups)}:
-        student.grid(*resolution)  # UserError where they do not fit
+    fields = {f"groups.{name}.resolution": group.resolution for name, group in training.groups.items()}
+    for field, resolution in {"resolution": training.resolution, **fields}.items():
+        try:
+            student.grid(*(resolution or training.resolution))
+        except UserError as error:
+            raise UserError(f"training.{field}: {error}") from error
     return model
 
 
@@ -219,7 +223,7 @@ def loss_terms(
 def weighted_sum(
     terms: Mapping[str, Tensor],
     valid: Mapping[str, Tensor],
-    counts: Mapping[str, Tensor],
+    counts: Mapping[str, float],
     config: LossConfig,
     balance: Weights,
 ) -> Losses:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from storage_schemas.errors import UserError
+
+PATIENCE = timedelta(hours=6)  # with ranks that wait while rank 0 evaluates
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,9 @@ def launch(device: str = "auto") -> Iterator[World]:
         yield world
         return
     if world.device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device, timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield world
     finally:
@@ -69,9 +72,8 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait for every rank."""
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait for every rank, on the CPU: others wait while rank 0 evaluates or saves."""
+    all_sum(torch.zeros(()))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -21,7 +21,6 @@ from itertools import count
 from math import gcd
 
 import torch
-from torch import Tensor
 
 from storage_schemas.errors import UserError
 from storage_schemas.manifest import TeacherSpec, canonical_json
@@ -101,6 +100,13 @@ def open_groups(config: TrainConfig, held_out: bool = False) -> list[Group]:
     settings.loss.require_known([name for group in found.values() for name in group.teachers])
     groups = []
     for place, (name, group) in enumerate(found.items()):
+        if not any(
+            settings.loss.weight(f"{t}/{kind}") for t in group.teachers for kind in ("summary", "spatial")
+        ):
+            raise UserError(
+                f"training.loss: every weight of {', '.join(group.teachers)} is 0, so the batches of group "
+                f"{name!r} would teach nothing; leave those teachers out of the training"
+            )
         assert group.resolution is not None
         assert group.batch_size is not None
         threads = (settings.threads, settings.prefetch)
@@ -154,14 +160,14 @@ def views_in(groups: Sequence[Group], schedule: Schedule, step: int) -> int:
     return sum(groups[place].batch_size for place in schedule.served(step))
 
 
-def count_valid(batch: Batch, teachers: Iterable[str], stop: bool) -> tuple[dict[str, Tensor], bool]:
+def count_valid(batch: Batch, teachers: Iterable[str], stop: bool) -> tuple[dict[str, float], bool]:
     """Valid rows of each teacher in the batches of all ranks, and whether any rank wants to stop.
 
     On the CPU, and one exchange a step for both: all ranks hear of it before the same step.
     """
     names = list(teachers)
     own = [batch.valid[name].sum() if name in batch.valid else torch.zeros(()) for name in names]
-    *counts, stops = all_sum(torch.stack([*own, torch.tensor(stop)]).double())
+    *counts, stops = all_sum(torch.stack([*own, torch.tensor(stop)]).double()).tolist()
     return dict(zip(names, counts, strict=True)), bool(stops)
 
 

@@ -40,7 +40,7 @@ class Learner:
         self._replica = wrap(model, world)
 
     def step(
-        self, batch: Batch, rate: float, counts: Mapping[str, Tensor], ranks: Mapping[str, int]
+        self, batch: Batch, rate: float, counts: Mapping[str, float], ranks: Mapping[str, int]
     ) -> tuple[Losses, Tensor]:
         """One step of the optimiser at learning rate `rate`, on this rank's share of the batches.
 
@@ -62,7 +62,7 @@ class Learner:
                 losses = self._losses(piece, shares, len(pieces))
                 losses.total.backward()  # type: ignore[no-untyped-call]
             found.append(losses.detach())
-        for parameter in self.model.heads_beside(ranks):  # zeros would move them by their momentum
+        for parameter in self.model.parameters_beside(ranks):  # zeros would move them by their momentum
             parameter.grad = None
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         self.optimizer.step()
@@ -72,7 +72,7 @@ class Learner:
         self.model.balancing.observe(losses.terms)
         return losses, norm
 
-    def _losses(self, batch: Batch, shares: Mapping[str, Tensor], pieces: int) -> Losses:
+    def _losses(self, batch: Batch, shares: Mapping[str, float], pieces: int) -> Losses:
         """Of one of so many pieces of a batch."""
         settings = self._settings
         half = settings.precision == "bfloat16"
@@ -85,7 +85,8 @@ class Learner:
         losses = weighted_sum(terms, batch.valid, shares, settings.loss, balance)
         if self._world.size == 1:
             return losses
-        unused = self.model.heads_beside(batch.targets)  # DDP waits for a gradient of each
+        # DDP waits for a gradient of each parameter. Which of its own balancing uses, hangs on the terms.
+        unused = [*self.model.parameters_beside(batch.targets), *self.model.balancing.parameters()]
         total = losses.total + sum(0 * parameter.sum() for parameter in unused)
         return Losses(total, losses.terms, losses.weights)
 
@@ -129,11 +130,19 @@ class Learner:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (AM-RADIO section 4); no decay on norms, biases, tokens and position embeddings."""
+    """AdamW (AM-RADIO section 4); no decay on norms, biases, tokens and position embeddings, nor on what a
+    module says itself (`no_weight_decay`, as timm's models do).
+    """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    said = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if callable(method := getattr(module, "no_weight_decay", None))
+        for name in method()
+    }
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim < 2 or any(word in name.rsplit(".", 1)[-1] for word in UNDECAYED)
+        exempt = parameter.ndim < 2 or name in said or any(w in name.rsplit(".", 1)[-1] for w in UNDECAYED)
         (others if exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},

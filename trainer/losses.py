@@ -74,15 +74,14 @@ def zero_invalid(target: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid.view(-1, *[1] * (target.ndim - 1)), target, 0.0)
 
 
-def mean_over_valid(values: Tensor, valid: Tensor, total_valid: Tensor | float) -> Tensor:
+def mean_over_valid(values: Tensor, valid: Tensor, total_valid: float) -> Tensor:
     """Sum of `values` over `valid`, both b, divided by `total_valid`; 0 where that is 0.
 
     DDP averages gradients over ranks. So that their average is the gradient of the mean over the global
     batch, each rank divides by the valid rows of all ranks over the number of ranks, whatever its own share
     of them.
     """
-    total = torch.as_tensor(total_valid, dtype=torch.float32, device=values.device)
-    return torch.where(valid, values, 0.0).sum() / torch.where(total > 0, total, 1.0)
+    return torch.where(valid, values, 0.0).sum() / (float(total_valid) or 1.0)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from trainer.distillation import Losses
 from trainer.distributed import World, all_sum
 from trainer.reader import Batch
 
-LINES, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+LINES, EVALUATIONS, WANDB_ID = "metrics.jsonl", "evaluations.jsonl", ".wandb-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,8 @@ class MetricsLog:
             board = SummaryWriter(str(self._folder), purge_step=self._first + 1)
             self._board = self._stack.enter_context(board)
             if self._project is not None:
-                self._wandb = self._stack.enter_context(_open_wandb(self._project, self._folder))
+                run = _open_wandb(self._project, self._folder, goes_on=self._first > 0)
+                self._wandb = self._stack.enter_context(run)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +158,8 @@ class MetricsLog:
         if self._world.rank:
             return
         self._lines.write(json.dumps(asdict(metrics)) + "\n")
-        values = {"loss": metrics.loss, **metrics.terms, "images_per_second": metrics.images_per_second}
+        names = ("loss", "learning_rate", "gradient_norm", "images_per_second", "data_wait", "corrupt_rows")
+        values = {name: getattr(metrics, name) for name in names} | metrics.terms
         values |= {f"weight/{name}": weight for name, weight in metrics.weights.items()}
         self._tell(values, metrics.step)
 
@@ -174,16 +176,18 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
 
-def _open_wandb(project: str, folder: Path) -> Any:
-    """A run of Weights & Biases, a context that ends it; the same one when training goes on."""
+def _open_wandb(project: str, folder: Path, goes_on: bool) -> Any:
+    """A run of Weights & Biases, a context that ends it; its id is in a file, for when training goes on."""
     try:
         import wandb
     except ImportError as error:
         raise UserError(
             f"training.wandb: {project!r} needs the package wandb; install it, or remove the key"
         ) from error
-    name = sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, id=name, name=folder.name, dir=str(folder), resume="allow")
+    file = folder / WANDB_ID
+    if not (goes_on and file.exists()):
+        file.write_text(uuid4().hex)
+    return wandb.init(project=project, id=file.read_text(), name=folder.name, dir=str(folder), resume="allow")
 
 
 def read_metrics(folder: Path, name: str = LINES) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ class Run:
             ways = {True: "ranks", False: "steps"}
             raise UserError(
                 f"training.split: {where} served its groups over {ways[over_ranks]}, this run would over "
-                f"{ways[self.over_ranks]}; give training.split={ways[over_ranks]}, and ranks that fit"
+                f"{ways[self.over_ranks]}; set training.split to {ways[over_ranks]}"
             )
         if checkpoint.meta["targets"] != self.targets:
             raise UserError(

@@ -56,7 +56,7 @@ def train(
     settings = config.training
     require_writable(Path(settings.output))
     if settings.evaluate_every:
-        config.held_out_shards()  # UserError now, not at the first evaluation
+        open_groups(config, held_out=True)  # UserError now, not at the first evaluation
     with launch(settings.device) as world, ExitStack() as stack:
         groups = open_groups(config)
         schedule = schedule_of(groups, world.size, config)
@@ -112,7 +112,7 @@ def evaluate(config: TrainConfig, model: Distillation) -> dict[str, float]:
         for name, found in subject.distance()["student"].items()
         for kind in ("summary", "spatial")
     }
-    return values | ({"knn/student": subject.knn()["student"]} if subject.is_labelled() else {})
+    return values | ({"knn/student": subject.student_knn()} if subject.is_labelled() else {})
 
 
 def first_model(config: TrainConfig, groups: Sequence[Group]) -> Distillation:

@@ -206,3 +206,51 @@ def test_a_batch_that_cannot_be_cut_names_its_group_and_sizes(recorded: Any, tmp
         UserError, match=r"training\.groups\.small\.batch_size: 8 must .*accumulate 3; give 6 or 9"
     ):
         schedule_of(open_groups(config), 1, config)
+
+
+def weightless_step(rank: int, ranks: int, recipe: dict[str, Any], out: str) -> None:
+    config = TrainConfig.from_recipe(recipe)
+    with launch("cpu") as world:
+        groups = open_groups(config)
+        schedule = schedule_of(groups, ranks, config)
+        learner = Learner(first_model(config, groups), config.training, world)
+        for step, batch in enumerate(islice(batches(groups, schedule, 0, rank), 2)):
+            counts, _ = count_valid(batch, learner.model.specs, stop=False)
+            learner.step(batch, 1e-3, counts, ranks_by_teacher(groups, schedule, step))
+        torch.save(learner.model.state_dict(), f"{out}/{rank}.pt")
+
+
+@pytest.mark.parametrize("balancing", ["uncertainty", "amtml_kd"])
+def test_ranks_whose_terms_balancing_leaves_alone_do_not_part(
+    recorded: Any, tmp_path: Path, balancing: str
+) -> None:
+    """A group of one summary alone beside another: what balancing learns is on both ranks the same."""
+    groups = {name: {**group, "resolution": 32, "batch_size": 4} for name, group in GROUPS.items()}
+    loss = {"summary_weight": {"cnn": 0}}
+    recipe = recorded.recipe(tmp_path / "run", groups=groups, balancing=balancing, loss=loss)
+    run_ranks(weightless_step, 2, recipe, str(tmp_path))
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("balancing", ["uncertainty", "amtml_kd"])
+def test_what_balancing_knows_of_other_groups_rests(recorded: Any, tmp_path: Path, balancing: str) -> None:
+    recipe = recorded.recipe(tmp_path, groups=GROUPS, balancing=balancing)
+    config = TrainConfig.from_recipe(recipe)
+    groups = open_groups(config)
+    schedule = schedule_of(groups, 1, config)
+    learner = Learner(first_model(config, groups), config.training, CPU)
+    for step, batch in enumerate(islice(batches(groups, schedule), 4)):
+        resting = learner.model.balancing.parameters_beside(batch.targets)
+        before = [parameter.detach().clone() for parameter in resting]
+        counts, _ = count_valid(batch, learner.model.specs, stop=False)
+        learner.step(batch, 1e-2, counts, ranks_by_teacher(groups, schedule, step))
+        assert resting
+        assert all(torch.equal(a, b) for a, b in zip(before, resting, strict=True))
+
+
+def test_a_group_that_would_teach_nothing_is_refused(recorded: Any, tmp_path: Path) -> None:
+    loss = {"summary_weight": {"cnn": 0}, "spatial_weight": {"cnn": 0}}
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path, groups=GROUPS, loss=loss))
+    with pytest.raises(UserError, match=r"training\.loss: every weight of cnn is 0, .* group 'large'"):
+        open_groups(config)

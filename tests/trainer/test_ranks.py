@@ -117,6 +117,8 @@ def test_groups_over_ranks_learn_from_all_and_end_together(recorded: Any, tmp_pa
     assert_same_losses(two, four)
     terms = {f"{teacher}/{kind}" for teacher in ("cnn", "vit") for kind in ("summary", "spatial")}
     assert all(set(line["terms"]) == terms for line in read_metrics(two.parent))
+    more = recorded.recipe(tmp_path / "2", steps=10, groups=groups, split="ranks")
+    assert torchrun(more, tmp_path, 4, "--resume") == two, "the same way, with other ranks"
     alone = recorded.recipe(tmp_path / "2", steps=10, groups=groups)
     with pytest.raises(
         UserError, match=r"training\.split: .* served its groups over ranks, this run would over"

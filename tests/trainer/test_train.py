@@ -241,6 +241,8 @@ def test_norms_biases_tokens_and_positions_do_not_decay(name: str) -> None:
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     left, right = ([names[id(p)] for p in group["params"]] for group in (decayed, others))
     assert sorted(left + right) == sorted(names.values())
+    timm_says = getattr(getattr(student.backbone, "model", None), "no_weight_decay", set)()
+    assert not {f"backbone.model.{name}" for name in timm_says} & set(left)
     assert all(name.endswith(".weight") for name in left)
     assert not [name for name in left if "norm" in name or "pos_embed" in name or "token" in name]
     assert any(name.endswith(".bias") for name in right)
@@ -344,6 +346,7 @@ def test_a_teacher_of_weight_zero_teaches_nothing(recorded: Any, tmp_path: Path)
         ("training", {"teachers": ["sam"]}, "teacher: 'sam' is not in store .* there: cnn, vit"),
         ("training", {"loss": {"spatial_weight": {"sam": 0}}}, r"loss\.spatial_weight: 'sam' .* cnn, vit"),
         ("training", {"loss": {"cosine": -1}}, r"training\.loss\.cosine: -1"),
+        ("training", {"loss": {"cosine": 0, "smooth_l1": 0}}, r"training\.loss\.smooth_l1: 0.*nothing would"),
         ("training", {"device": "tpu9000"}, r"training\.device: 'tpu9000'"),
         ("training", {"stepz": 3}, r"training\.stepz: unknown key"),
         ("store", {"url": "/nowhere/at/all"}, "'/nowhere/at/all' is no folder"),

@@ -85,6 +85,16 @@ class Subject:
         )
         return result | {name: self._top1(of_bank[name], of_queries[name]) for name in summarise}
 
+    def student_knn(self) -> float:
+        """Top-1 of the student alone."""
+        assert self.model is not None
+        summarise = {"student": student_summary(self.model.student.to(self.device), self.device)}
+        size = self.config.evaluation.batch_size
+        bank, queries = (
+            image_summaries(summarise, self._images(held_out), size)["student"] for held_out in (False, True)
+        )
+        return self._top1(bank, queries)
+
     def _images(self, held_out: bool) -> TargetReader:
         """A reader of the views of all groups, at the resolution of `training`."""
         training = self.config.training

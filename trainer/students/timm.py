@@ -108,3 +108,5 @@ def _create(model: str, settings: dict[str, Any]) -> Any:
         raise UserError(
             f"student 'timm/{model}' does not take the setting {refused[1]!r}: remove it"
         ) from error
+    except ValueError as error:
+        raise UserError(f"student 'timm/{model}' does not take {settings} ({error}): change them") from error
