@@ -1,6 +1,6 @@
 """Training from the store beside the same step without loading, and beside the same step with the teacher.
 
-    python benchmarks/train.py [--runs 3] [--steps 16] [--batch-size 16] [--threads 2] [CASE ...]
+    python benchmarks/train.py [--runs 5] [--steps 8] [--batch-size 16] [--threads 2] [CASE ...]
 
 Each case is a student and a teacher at one resolution, on the photographs that scikit-image and scikit-learn
 ship (PNG tiles of about 200 to 470 pixels a side, 4 views each), recorded here with random weights, which do
@@ -11,10 +11,11 @@ not change the arithmetic. Rivals take turns within a run:
 - live: the same images by the same threads, the teacher in the loop, the same step on what it gives;
 - teacher: its forward alone, on one batch that is there.
 
-Counting begins after the first 20 steps of the store in each turn, and after 2 of the others; page cache
-warm. Figures are medians over the runs, ratios medians of the runs' own. On a CPU loading is not free: its
-threads take from the student what they use. So the seconds that one thread takes to load a batch stand beside
-those of a step, and the share that they are of the time of all cores.
+Counting begins after 20 steps of the first turn of each that loads, after as many as are loaded ahead in its
+later turns, and after one step of the others; page cache warm. Figures are medians over the runs, ratios
+medians of the runs' own. On a CPU loading is not free: its threads take from the student what they use. So
+the seconds that one thread takes to load a batch stand beside those of a step, and all ratios are given in
+CPU seconds of the process, too, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from trainer.train import initialise, seed_step
 
 Stream = Generator[Batch, None, None]
 
-SKIPPED, SKIPPED_OTHERS = 20, 2  # steps before counting begins: from the store, of its rivals
+SKIPPED = 20  # steps before counting begins
 # Name: student, teacher, pixels. The smaller the student, the more loading counts on the cores they share.
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "resnet10t_128": ("timm/resnet10t", {"family": "timm", "model": "tf_efficientnet_lite0"}, 128),
@@ -72,6 +73,15 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         224,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a batch: seconds, and CPU seconds of the process; `waited` is the share spent waiting for data."""
+
+    wall: float
+    cpu: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all if none are given")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16, help="that are counted in each turn")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="that are counted in each turn")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2, help="that load batches")
     options = parser.parse_args()
@@ -178,65 +188,63 @@ def _trainer(config: TrainConfig, teacher: Teacher, world: World) -> Trainer:
 
 def _compare(trainer: Trainer, steps: int, runs: int) -> None:
     batch = trainer.load()
-    rivals: dict[str, Callable[[], tuple[float, float]]] = {
-        "store": lambda: _train(trainer, trainer.stored(), SKIPPED, steps),
-        "memory": lambda: _train(trainer, trainer.held(), SKIPPED_OTHERS, steps),
-        "live": lambda: _train(trainer, trainer.live(), SKIPPED_OTHERS, steps),
-        "teacher": lambda: _seconds(lambda: trainer.teacher(batch.images), steps),
-        "load": lambda: _seconds(trainer.load, steps),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    waits = []
-    for turn in range(runs):
-        for name, run in rivals.items():
-            took, waited = run()
-            seconds[name].append(took)
-            if name == "store":
-                waits.append(waited)
-        took_all = ", ".join(f"{name} {found[-1]:.3f}" for name, found in seconds.items())
-        print(f"  run {turn + 1}, seconds a batch: {took_all}", flush=True)
-    _report(seconds, waits, len(batch.images))
+    ahead = trainer.groups[0].reader.ahead
+    found: dict[str, list[Cost]] = {}
+    for run in range(runs):
+        skipped = ahead if run else SKIPPED
+        costs = {
+            "store": _train(trainer, trainer.stored(), skipped, steps),
+            "memory": _train(trainer, trainer.held(), 1, steps),
+            "live": _train(trainer, trainer.live(), skipped, steps),
+            "teacher": _repeat(lambda: trainer.teacher(batch.images), steps),
+            "load": _repeat(trainer.load, steps),
+        }
+        for name, cost in costs.items():
+            found.setdefault(name, []).append(cost)
+        line = ", ".join(f"{name} {cost.wall:.3f} ({cost.cpu:.3f})" for name, cost in costs.items())
+        print(f"  run {run + 1}, seconds a batch (of CPU): {line}", flush=True)
+    _report(found, len(batch.images))
 
 
-def _train(trainer: Trainer, stream: Stream, skipped: int, steps: int) -> tuple[float, float]:
-    """Seconds a step, and the share of them spent waiting for a batch."""
+def _train(trainer: Trainer, stream: Stream, skipped: int, steps: int) -> Cost:
     with closing(stream):
         for step, batch in enumerate(islice(stream, skipped)):
             trainer.step(step, batch)
-        began, waited = time.perf_counter(), 0.0
+        began, cpu, waited = time.perf_counter(), time.process_time(), 0.0
         for step in range(skipped, skipped + steps):
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
             trainer.step(step, batch)
-        took = time.perf_counter() - began
-    return took / steps, waited / took
+        took, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return Cost(took / steps, cpu / steps, waited / took)
 
 
-def _seconds(action: Callable[[], object], times: int) -> tuple[float, float]:
+def _repeat(action: Callable[[], object], times: int) -> Cost:
     action()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for _ in range(times):
         action()
-    return (time.perf_counter() - began) / times, 0.0
+    return Cost((time.perf_counter() - began) / times, (time.process_time() - cpu) / times, 0.0)
 
 
-def _report(seconds: dict[str, list[float]], waits: list[float], size: int) -> None:
+def _report(found: dict[str, list[Cost]], size: int) -> None:
     for name in ("store", "memory", "live"):
-        found = [size / took for took in seconds[name]]
-        print(f"  {name:7} {statistics.median(found):6.1f} images/s ({min(found):.1f} to {max(found):.1f})")
-    step, teacher, load = (statistics.median(seconds[name]) for name in ("memory", "teacher", "load"))
-    cores = os.cpu_count() or 1
-    print(f"  a batch: step {step:.3f} s, teacher {teacher:.3f} s, loading {load:.3f} s of one thread,")
-    print(
-        f"  so loading is {load / (load + step * cores):.1%} of what step and loading take of {cores} cores"
-    )
+        rates = [size / cost.wall for cost in found[name]]
+        print(f"  {name:7} {statistics.median(rates):6.1f} images/s ({min(rates):.1f} to {max(rates):.1f})")
+    waits = [cost.waited for cost in found["store"]]
     print(f"  waiting for data: {statistics.median(waits):.1%} of the time (at most {max(waits):.1%})")
-    print(f"  store is {_ratio(seconds, 'memory'):.2f} × memory")
-    predicted = statistics.median(
-        (a + b) / a for a, b in zip(seconds["memory"], seconds["teacher"], strict=True)
-    )
-    print(f"  store is {_ratio(seconds, 'live'):.2f} × live; (step + teacher) / step is {predicted:.2f}")
+    load, step = (statistics.median(cost.cpu for cost in found[name]) for name in ("load", "memory"))
+    print(f"  loading a batch takes {load:.3f} CPU seconds, {load / step:.1%} of a step's {step:.3f}")
+    for kind in ("wall", "cpu"):
+        seconds = {name: [getattr(cost, kind) for cost in costs] for name, costs in found.items()}
+        predicted = statistics.median(
+            (a + b) / a for a, b in zip(seconds["memory"], seconds["teacher"], strict=True)
+        )
+        print(
+            f"  by {kind} time: store is {_ratio(seconds, 'memory'):.2f} × memory, and "
+            f"{_ratio(seconds, 'live'):.2f} × live, where (step + teacher) / step is {predicted:.2f}"
+        )
 
 
 def _ratio(seconds: dict[str, list[float]], other: str) -> float:
