@@ -140,14 +140,14 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._project is not None:
+                run = _open_wandb(self._project, self._folder, goes_on=self._first > 0)
+                self._wandb = self._stack.enter_context(run)
             for name in (LINES, EVALUATIONS):
                 _forget_after(self._folder / name, self._first)
             self._lines = self._stack.enter_context((self._folder / LINES).open("a", buffering=1))
             board = SummaryWriter(str(self._folder), purge_step=self._first + 1)
             self._board = self._stack.enter_context(board)
-            if self._project is not None:
-                run = _open_wandb(self._project, self._folder, goes_on=self._first > 0)
-                self._wandb = self._stack.enter_context(run)
         return self
 
     def __exit__(self, *_: object) -> None:
