@@ -92,7 +92,7 @@ def read(folder: Path, prefetch: int, threads: int = 2, batch_size: int = 64) ->
     bound = (threads + prefetch + 1) * batch / 2**20
     print(
         f"reader, {threads} threads, prefetch {prefetch:2}: {grew:4.0f} MiB at most; "
-        f"bound {bound:4.0f} MiB, {batch / 2**20:.1f} a batch of {batch_size}",
+        f"of batches {bound:4.0f} MiB, {batch / 2**20:.1f} a batch of {batch_size}",
         flush=True,
     )
 
