@@ -14,6 +14,7 @@ from pipeline.recorder import Recorder
 from pipeline.teachers import create_teacher
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
+from storage_schemas.replay import CropReplay
 from tests.trainer.runs import assert_same_run, interrupt, metrics
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
@@ -163,37 +164,38 @@ def test_of_a_damaged_checkpoint_the_older_one_is_named(recorded: Any, tmp_path:
 # Against teachers in the loop
 
 
-def live_batch(recorded: Any, reader: TargetReader, batch: Batch) -> Batch:
-    """The batch with targets from the teachers themselves, run on the very same crops."""
-    targets = {}
-    for name, teacher in recorded.teachers.items():
-        spec = teacher.spec
-        shown = TargetReader(recorded.store, recorded.sources(), [name], (spec.height, spec.width))
-        output = teacher(torch.stack([_crop(recorded, shown, view) for view in batch.views.tolist()]))
-        targets[name] = TeacherOutput(output.summary, output.spatial)
-    return Batch(batch.images, targets, batch.valid, batch.views)
+class Live:
+    """The teachers themselves, run on the very same crops."""
 
+    def __init__(self, recorded: Any, reader: TargetReader) -> None:
+        self.teachers, sources = recorded.teachers, recorded.sources()
+        self.replays = [
+            CropReplay(shard, sources[shard], recorded.store.views(shard), 2**26) for shard in reader.shards
+        ]
 
-def _crop(recorded: Any, reader: TargetReader, view: list[int]) -> torch.Tensor:
-    from storage_schemas.replay import CropReplay
-
-    shard = reader.shards[view[0]]
-    replay = CropReplay(shard, recorded.sources()[shard], recorded.store.views(shard), 2**26)
-    return replay.crop(view[1], reader.resolution)
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch, with what they say instead of what is stored."""
+        targets = {}
+        for name, teacher in self.teachers.items():
+            size = (teacher.spec.height, teacher.spec.width)
+            crops = [self.replays[shard].crop(row, size) for shard, row in batch.views.tolist()]
+            output = teacher(torch.stack(crops))
+            targets[name] = TeacherOutput(output.summary, output.spatial)
+        return Batch(batch.images, targets, batch.valid, batch.views)
 
 
 def test_stored_targets_train_as_live_teachers_do(recorded: Any, tmp_path: Path) -> None:
     """A CNN and a ViT at once, step by step, within the rounding of fp16."""
-    config = TrainConfig.from_recipe(recorded.recipe(tmp_path, steps=12, warmup=0))
+    config = TrainConfig.from_recipe(recorded.recipe(tmp_path, steps=50, warmup=0))
     settings, groups = config.training, open_groups(config)
-    schedule, reader = schedule_of(groups, 1, config), groups[0].reader
+    schedule, live = schedule_of(groups, 1, config), Live(recorded, groups[0].reader)
     losses: dict[str, list[float]] = {}
     for mode in ("stored", "live"):
         learner = Learner(first_model(config, groups), settings, CPU)
         stream = batches(groups, schedule)
         for step, batch in enumerate(islice(stream, settings.steps)):
             seed_step(settings.seed, step, 0)
-            given = live_batch(recorded, reader, batch) if mode == "live" else batch
+            given = live(batch) if mode == "live" else batch
             counts, _ = count_valid(given, learner.model.specs, stop=False)
             ranks = ranks_by_teacher(groups, schedule, step)
             found, _ = learner.step(given, learning_rate(settings, step), counts, ranks)
