@@ -44,7 +44,6 @@ from storage_schemas.manifest import StoreManifest
 from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
 from trainer.config import TrainConfig
-from trainer.distillation import untrained
 from trainer.distributed import World, launch
 from trainer.groups import (
     Group,
@@ -54,11 +53,10 @@ from trainer.groups import (
     open_groups,
     ranks_by_teacher,
     schedule_of,
-    specs_of,
 )
 from trainer.learner import Learner
 from trainer.reader import Batch
-from trainer.train import initialise, seed_step
+from trainer.train import first_model, seed_step
 
 Stream = Generator[Batch, None, None]
 
@@ -180,9 +178,7 @@ def _config(
 
 def _trainer(config: TrainConfig, teacher: Teacher, world: World) -> Trainer:
     groups = open_groups(config)
-    model = untrained(config, specs_of(groups))
-    initialise(model, config, groups)
-    learner = Learner(model, config.training, world)
+    learner = Learner(first_model(config, groups), config.training, world)
     return Trainer(groups, schedule_of(groups, world.size, config), learner, teacher, config)
 
 

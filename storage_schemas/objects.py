@@ -161,9 +161,7 @@ class ObjectWriter:
         """The next bytes."""
         self._left -= len(data)
         if self._remote is not None:
-            self._remote.write(
-                bytes(data)
-            )  # it may keep what it is given, and the caller goes on using `data`
+            self._remote.write(bytes(data))  # it may keep what it gets, and `data` is used again
             return
         while len(data):
             data = data[os.write(self._descriptor, data) :]  # type: ignore[arg-type]

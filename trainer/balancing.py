@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import BalancingConfig
+from trainer.losses import teacher_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Uncertainty(Balancing):
         return Weights({term: torch.exp(-value) for term, value in b.items()}, penalty)
 
     def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
-        return [self.b[i] for term, i in self.places.items() if _teacher(term) not in teachers]
+        return [self.b[i] for term, i in self.places.items() if teacher_of(term) not in teachers]
 
 
 class AdaLoss(Balancing):
@@ -116,19 +117,19 @@ class AmtmlKd(Balancing):
 
     def __init__(self, terms: Sequence[str], summary_dim: int, config: BalancingConfig) -> None:
         super().__init__(terms, summary_dim, config)
-        self.teachers = list(dict.fromkeys(_teacher(term) for term in terms))
+        self.teachers = list(dict.fromkeys(teacher_of(term) for term in terms))
         self.latent = nn.ParameterList(nn.Parameter(torch.zeros(summary_dim)) for _ in self.teachers)
         self.v = nn.Parameter(torch.full((summary_dim,), summary_dim**-0.5))
 
     def weigh(self, terms: Sequence[str], summary: Tensor) -> Weights:
         known = self._known(terms)
-        teachers = list(dict.fromkeys(map(_teacher, known)))
+        teachers = list(dict.fromkeys(map(teacher_of, known)))
         if not teachers:
             return Weights()
         latent = torch.stack([self.latent[self.teachers.index(name)] for name in teachers])  # t d
         logits = (summary.float()[:, None] * latent) @ self.v  # b t
         weights = len(teachers) * logits.softmax(-1)
-        return Weights({term: weights[:, teachers.index(_teacher(term))] for term in known})
+        return Weights({term: weights[:, teachers.index(teacher_of(term))] for term in known})
 
     def parameters_beside(self, teachers: Collection[str]) -> list[nn.Parameter]:
         return [self.latent[i] for i, name in enumerate(self.teachers) if name not in teachers]
@@ -145,7 +146,3 @@ BALANCINGS: dict[str, type[Balancing]] = {
 def create_balancing(config: BalancingConfig, terms: Sequence[str], summary_dim: int) -> Balancing:
     """The method that a recipe names, over these terms."""
     return BALANCINGS[config.kind](terms, summary_dim, config)
-
-
-def _teacher(term: str) -> str:
-    return term.split("/")[0]

@@ -17,7 +17,7 @@ from trainer.adaptors import Adaptor, align
 from trainer.balancing import Balancing, Naive, Weights, create_balancing
 from trainer.checkpoint import find_checkpoint, load_checkpoint
 from trainer.config import LossConfig, TrainConfig
-from trainer.losses import mean_over_valid, spatial_loss, summary_loss, zero_invalid
+from trainer.losses import mean_over_valid, spatial_loss, summary_loss, teacher_of, terms_of, zero_invalid
 from trainer.students import Student, create_student
 
 
@@ -107,8 +107,7 @@ def untrained(config: TrainConfig, specs: Mapping[str, TeacherSpec]) -> Distilla
         torch.manual_seed(config.training.seed)
         settings, training = config.student.settings, config.training
         student = create_student(config.student.name, resolution=training.resolution, **settings)
-        terms = [f"{name}/{kind}" for name in specs for kind in ("summary", "spatial")]
-        weighed = [term for term in terms if training.loss.weight(term)]
+        weighed = [term for term in terms_of(specs) if training.loss.weight(term)]
         balancing = create_balancing(training.balancing, weighed, student.summary_dim)
         heads = (training.adaptor_hidden, training.adaptor_blocks, training.normalizer)
         model = Distillation(student, specs, *heads, balancing)
@@ -240,8 +239,3 @@ def weighted_sum(
             mean = mean_over_valid(values * balance.factors[term], mask, count)
         total = total + config.weight(term) * mean
     return Losses(total, means, {term: factor.mean() for term, factor in balance.factors.items()})
-
-
-def teacher_of(term: str) -> str:
-    """The teacher of a term of the loss, which is named teacher/summary or teacher/spatial."""
-    return term.split("/")[0]

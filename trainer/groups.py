@@ -28,6 +28,7 @@ from storage_schemas.store import FeatureStore
 from storage_schemas.threads import map_ahead
 from trainer.config import TrainConfig
 from trainer.distributed import all_sum
+from trainer.losses import terms_of
 from trainer.order import ViewOrder, rank_slice
 from trainer.reader import Batch, Indices, TargetReader
 
@@ -100,9 +101,7 @@ def open_groups(config: TrainConfig, held_out: bool = False) -> list[Group]:
     settings.loss.require_known([name for group in found.values() for name in group.teachers])
     groups = []
     for place, (name, group) in enumerate(found.items()):
-        if not any(
-            settings.loss.weight(f"{t}/{kind}") for t in group.teachers for kind in ("summary", "spatial")
-        ):
+        if not any(map(settings.loss.weight, terms_of(group.teachers))):
             raise UserError(
                 f"training.loss: every weight of {', '.join(group.teachers)} is 0, so the batches of group "
                 f"{name!r} would teach nothing; leave those teachers out of the training"

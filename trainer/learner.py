@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainer.balancing import Weights
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainingConfig
-from trainer.distillation import Distillation, Losses, loss_terms, teacher_of, weighted_sum
+from trainer.distillation import Distillation, Losses, loss_terms, weighted_sum
 from trainer.distributed import World, all_sum, no_sync, wrap
+from trainer.losses import teacher_of, terms_of
 from trainer.reader import Batch
 
 UNDECAYED = ("token", "position", "pos_embed")  # in the last part of a parameter's name
@@ -92,7 +93,7 @@ class Learner:
 
     def _over_ranks(self, pieces: list[Losses], ranks: Mapping[str, int]) -> Losses:
         """The losses of the step: means over the global batch, the same on every rank."""
-        terms = [f"{name}/{kind}" for name in ranks for kind in ("summary", "spatial")]
+        terms = terms_of(ranks)
         weighed = [term for term in terms if term in self.model.balancing.places]
         zero = torch.zeros((), device=self._world.device)  # of a term of other ranks
         sums = [torch.stack([piece.total for piece in pieces]).sum() / self._world.size]

@@ -7,6 +7,7 @@ is discarded, for 0 * NaN is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -14,6 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Magnitude = Literal["smooth_l1", "l1", "mse"]
+
+
+def terms_of(teachers: Iterable[str]) -> list[str]:
+    """Names of the terms of the loss: teacher/summary and teacher/spatial of each."""
+    return [f"{teacher}/{kind}" for teacher in teachers for kind in ("summary", "spatial")]
+
+
+def teacher_of(term: str) -> str:
+    """The teacher of a term."""
+    return term.split("/")[0]
 
 
 def cosine_distance(student: Tensor, target: Tensor) -> Tensor:

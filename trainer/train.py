@@ -109,7 +109,7 @@ def evaluate(config: TrainConfig, model: Distillation) -> dict[str, float]:
     subject = Subject(config, model)
     values = {
         f"distance/{name}/{kind}": getattr(found, kind)
-        for name, found in subject.distance()["student"].items()
+        for name, found in subject.student_distance().items()
         for kind in ("summary", "spatial")
     }
     return values | ({"knn/student": subject.student_knn()} if subject.is_labelled() else {})

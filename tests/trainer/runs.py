@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import pytest
 import torch
 
 from trainer.checkpoint import load_checkpoint
+from trainer.distillation import Losses
+from trainer.groups import Group, Schedule, count_valid, ranks_by_teacher
+from trainer.learner import Learner
 from trainer.metrics import read_metrics
+from trainer.reader import Batch
 from trainer.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +37,15 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert torch.equal(value, other.optimizer_state["state"][place][name])
     assert one.optimizer_state["param_groups"] == other.optimizer_state["param_groups"]
     assert metrics(a.parent) == metrics(b.parent)
+
+
+def take_step(
+    learner: Learner, groups: Sequence[Group], schedule: Schedule, step: int, batch: Batch, rate: float
+) -> Losses:
+    """A step as the loop makes it, but for the random numbers; the losses over all ranks."""
+    counts, _ = count_valid(batch, learner.model.specs, stop=False)
+    losses, _ = learner.step(batch, rate, counts, ranks_by_teacher(groups, schedule, step))
+    return losses
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 from torch import nn
 
 from storage_schemas.errors import UserError
+from tests.trainer.ranks import run_ranks
 from trainer.distributed import World, all_sum, barrier, launch, wrap
 
 RANKS = 2
@@ -23,10 +22,7 @@ def _images() -> torch.Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 
 
-def _run_rank(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    torchrun = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"})
+def _run_rank(rank: int, ranks: int, out: str) -> None:
     with launch("cpu") as world:
         module = wrap(_module(), world)
         module(_images()[rank::RANKS]).square().mean().backward()
@@ -40,15 +36,8 @@ def _gradient(module: nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_two_ranks_sum_and_average_as_one_would(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_run_rank, (_free_port(), str(tmp_path)), nprocs=RANKS)
+    run_ranks(_run_rank, RANKS, str(tmp_path))
     module = _module()
     module(_images()).square().mean().backward()
     for rank in range(RANKS):
@@ -77,10 +66,8 @@ def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def _launch_joined(rank: int, port: int) -> None:
+def _launch_joined(rank: int, ranks: int) -> None:
     """As Ray Train does: the ranks are joined before, and parted after."""
-    torchrun = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"})
     torch.distributed.init_process_group("gloo")
     for _ in range(2):
         with launch("cpu") as world:
@@ -91,4 +78,4 @@ def _launch_joined(rank: int, port: int) -> None:
 
 
 def test_ranks_that_are_joined_stay_so() -> None:
-    torch.multiprocessing.spawn(_launch_joined, (_free_port(),), nprocs=RANKS)
+    run_ranks(_launch_joined, RANKS)

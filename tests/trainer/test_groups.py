@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from storage_schemas.errors import UserError
 from tests.trainer.ranks import run_ranks
+from tests.trainer.runs import take_step
 from trainer.config import TrainConfig
 from trainer.distributed import World, launch
 from trainer.groups import (
     Schedule,
     batches,
-    count_valid,
     open_groups,
-    ranks_by_teacher,
     schedule_of,
     specs_of,
     views_in,
@@ -131,9 +130,8 @@ def grouped_step(rank: int, ranks: int, recipe: dict[str, Any], out: str, split:
         schedule = schedule_of(groups, ranks, config)
         learner = Learner(first_model(config, groups), config.training, world)
         batch = next(batches(groups, schedule, step, rank))
-        counts, _ = count_valid(batch, learner.model.specs, stop=False)
         seed_step(0, step, rank)
-        losses, _ = learner.step(batch, 1e-3, counts, ranks_by_teacher(groups, schedule, step))
+        losses = take_step(learner, groups, schedule, step, batch, 1e-3)
         gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in learner.model.named_parameters()
@@ -174,8 +172,7 @@ def test_heads_of_other_groups_rest(recorded: Any, tmp_path: Path) -> None:
     learner = Learner(first_model(config, groups), config.training, CPU)
     for step, batch in enumerate(islice(batches(groups, schedule), 4)):
         before = {name: p.detach().clone() for name, p in learner.model.adaptors.named_parameters()}
-        counts, _ = count_valid(batch, learner.model.specs, stop=False)
-        learner.step(batch, 1e-2, counts, ranks_by_teacher(groups, schedule, step))
+        take_step(learner, groups, schedule, step, batch, 1e-2)
         for name, parameter in learner.model.adaptors.named_parameters():
             assert torch.equal(parameter, before[name]) == (name.split(".")[0] not in batch.targets)
 
@@ -215,8 +212,7 @@ def weightless_step(rank: int, ranks: int, recipe: dict[str, Any], out: str) -> 
         schedule = schedule_of(groups, ranks, config)
         learner = Learner(first_model(config, groups), config.training, world)
         for step, batch in enumerate(islice(batches(groups, schedule, 0, rank), 2)):
-            counts, _ = count_valid(batch, learner.model.specs, stop=False)
-            learner.step(batch, 1e-3, counts, ranks_by_teacher(groups, schedule, step))
+            take_step(learner, groups, schedule, step, batch, 1e-3)
         torch.save(learner.model.state_dict(), f"{out}/{rank}.pt")
 
 
@@ -243,8 +239,7 @@ def test_what_balancing_knows_of_other_groups_rests(recorded: Any, tmp_path: Pat
     for step, batch in enumerate(islice(batches(groups, schedule), 4)):
         resting = learner.model.balancing.parameters_beside(batch.targets)
         before = [parameter.detach().clone() for parameter in resting]
-        counts, _ = count_valid(batch, learner.model.specs, stop=False)
-        learner.step(batch, 1e-2, counts, ranks_by_teacher(groups, schedule, step))
+        take_step(learner, groups, schedule, step, batch, 1e-2)
         assert resting
         assert all(torch.equal(a, b) for a, b in zip(before, resting, strict=True))
 

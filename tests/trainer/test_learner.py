@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.trainer.ranks import run_ranks
+from tests.trainer.runs import take_step
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.distillation import load_distillation
 from trainer.distributed import World, launch
-from trainer.groups import batches, count_valid, open_groups, ranks_by_teacher, schedule_of
+from trainer.groups import batches, open_groups, schedule_of
 from trainer.learner import Learner
 from trainer.metrics import read_metrics
 from trainer.train import first_model, learning_rate, seed_step, train
@@ -30,9 +31,7 @@ def weights_after(recipe: dict[str, Any], steps: int, world: World = CPU) -> lis
     found = [{name: value.clone() for name, value in learner.model.state_dict().items()}]
     for step, batch in enumerate(islice(batches(groups, schedule, 0, world.rank), steps)):
         seed_step(0, step, world.rank)
-        counts, _ = count_valid(batch, learner.model.specs, stop=False)
-        ranks = ranks_by_teacher(groups, schedule, step)
-        learner.step(batch, learning_rate(config.training, step), counts, ranks)
+        take_step(learner, groups, schedule, step, batch, learning_rate(config.training, step))
         found.append({name: value.clone() for name, value in learner.model.state_dict().items()})
     return found
 

@@ -15,11 +15,11 @@ from pipeline.teachers import create_teacher
 from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.replay import CropReplay
-from tests.trainer.runs import assert_same_run, interrupt, metrics
+from tests.trainer.runs import assert_same_run, interrupt, metrics, take_step
 from trainer.checkpoint import load_checkpoint
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.groups import batches, count_valid, open_groups, ranks_by_teacher, schedule_of
+from trainer.groups import batches, open_groups, schedule_of
 from trainer.learner import Learner, make_optimizer
 from trainer.metrics import read_metrics
 from trainer.reader import Batch, TargetReader
@@ -196,9 +196,7 @@ def test_stored_targets_train_as_live_teachers_do(recorded: Any, tmp_path: Path)
         for step, batch in enumerate(islice(stream, settings.steps)):
             seed_step(settings.seed, step, 0)
             given = live(batch) if mode == "live" else batch
-            counts, _ = count_valid(given, learner.model.specs, stop=False)
-            ranks = ranks_by_teacher(groups, schedule, step)
-            found, _ = learner.step(given, learning_rate(settings, step), counts, ranks)
+            found = take_step(learner, groups, schedule, step, given, learning_rate(settings, step))
             losses.setdefault(mode, []).append(float(found.total))
         stream.close()
     assert losses["stored"] == pytest.approx(losses["live"], rel=1e-3)

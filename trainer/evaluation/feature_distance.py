@@ -12,8 +12,8 @@ from storage_schemas.errors import UserError
 from storage_schemas.features import TeacherOutput
 from storage_schemas.store import FeatureStore
 from trainer.config import LossConfig
-from trainer.distillation import loss_terms, teacher_of
-from trainer.losses import mean_over_valid
+from trainer.distillation import loss_terms
+from trainer.losses import mean_over_valid, teacher_of
 from trainer.reader import TargetReader
 
 Predict = Callable[[Tensor, Collection[str]], Mapping[str, TeacherOutput]]

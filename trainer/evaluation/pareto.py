@@ -9,7 +9,7 @@ from html import escape
 from itertools import chain
 from pathlib import Path
 
-from trainer.evaluation.report_words import CSS
+from trainer.evaluation.report_words import CSS, PAGE
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 38, 52
@@ -22,23 +22,6 @@ circle { fill: var(--paper); stroke: var(--s1); stroke-width: 2; }
 circle.front { fill: var(--accent); stroke: var(--accent); }
 polyline.front { stroke: var(--accent); opacity: .5; }
 svg text.name { fill: var(--ink); }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Rebroadcast: {title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<header><p>Rebroadcast</p><h1>{title}</h1></header>
-{body}
-</main>
-</body>
-</html>
 """
 
 FRONT = """Farther right is faster, farther up is better. Filled: no other one here is at least as fast and
@@ -92,7 +75,9 @@ def write_page(
     below = "".join(f"<p>{escape(note)}</p>" for note in notes)
     body = f"<section><p>{FRONT}</p>{''.join(charts)}</section><section>{table}{below}</section>"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(PAGE.format(title=escape(title), css=CSS + STYLE, body=body), encoding="utf-8")
+    header = f"<p>Rebroadcast</p><h1>{escape(title)}</h1>"
+    page = PAGE.format(title=escape(title), css=CSS + STYLE, head=header, sections=body)
+    path.write_text(page, encoding="utf-8")
 
 
 def pareto_chart(title: str, points: Sequence[Point]) -> str:

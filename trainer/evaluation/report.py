@@ -43,7 +43,9 @@ def render(report: DemoReport) -> str:
         _section("What it cost", words.COSTS.format_map(_saving(report)), _costs(report)),
         _section("What this run cannot show", words.LIMITS),
     ]
-    return words.PAGE.format(css=words.CSS, head=_head(report), sections="".join(sections))
+    return words.PAGE.format(
+        title="demo report", css=words.CSS, head=_head(report), sections="".join(sections)
+    )
 
 
 def _head(report: DemoReport) -> str:

@@ -1,4 +1,4 @@
-"""The words and the style of the demo's report: what its numbers mean, and how the page looks."""
+"""The words of the demo's report, what its numbers mean; and how it and the comparison's page look."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Rebroadcast: demo report</title>
+<title>Rebroadcast: {title}</title>
 <style>{css}</style>
 </head>
 <body>

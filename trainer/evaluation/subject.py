@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,24 +76,26 @@ class Subject:
             for group in config.training.teacher_groups(store.teachers()).values()
             for name in group.teachers
         }
-        summarise: dict[str, Summarise] = {"raw pixels": pixel_summary}
-        if self.model is not None:
-            summarise["student"] = student_summary(self.model.student.to(self.device), self.device)
-        of_bank, of_queries = (
-            image_summaries(summarise, self._images(held_out), config.evaluation.batch_size, on_views)
-            for held_out in (False, True)
-        )
-        return result | {name: self._top1(of_bank[name], of_queries[name]) for name in summarise}
+        return result | self._knn_of_images({"raw pixels": pixel_summary, **self._student()}, on_views)
 
     def student_knn(self) -> float:
         """Top-1 of the student alone."""
-        assert self.model is not None
-        summarise = {"student": student_summary(self.model.student.to(self.device), self.device)}
-        size = self.config.evaluation.batch_size
-        bank, queries = (
-            image_summaries(summarise, self._images(held_out), size)["student"] for held_out in (False, True)
+        return self._knn_of_images(self._student())["student"]
+
+    def _student(self) -> dict[str, Summarise]:
+        """How the student summarises images, by its name; nothing before it is trained."""
+        if self.model is None:
+            return {}
+        return {"student": student_summary(self.model.student.to(self.device), self.device)}
+
+    def _knn_of_images(
+        self, summarise: Mapping[str, Summarise], on_views: OnViews = lambda count: None
+    ) -> dict[str, float]:
+        of_bank, of_queries = (
+            image_summaries(summarise, self._images(held_out), self.config.evaluation.batch_size, on_views)
+            for held_out in (False, True)
         )
-        return self._top1(bank, queries)
+        return {name: self._top1(of_bank[name], of_queries[name]) for name in summarise}
 
     def _images(self, held_out: bool) -> TargetReader:
         """A reader of the views of all groups, at the resolution of `training`."""
@@ -108,7 +110,7 @@ class Subject:
         """Whether k-NN can be counted: some images have labels, of `data.train` and of `data.held_out`."""
         store = FeatureStore.open(self.config.store.url)
         return all(
-            any(store.views(shard)["label"].null_count < store.views(shard).num_rows for shard in shards)
+            any(store.views(shard)["label"].is_valid().to_numpy().any() for shard in shards)
             for shards in (self.config.train_shards(), self.config.held_out_shards())
         )
 
@@ -123,18 +125,31 @@ class Subject:
 
     def distance(self, on_views: OnViews = lambda count: None) -> dict[str, dict[str, FeatureDistance]]:
         """To each teacher on the held-out views, of the student and of a constant: the teacher's mean."""
-        config, size = self.config, self.config.evaluation.batch_size
-        shards, found = [*config.train_shards()], dict[str, dict[str, FeatureDistance]]()
-        for reader in (group.reader for group in open_groups(config, held_out=True)):
-            predictors: dict[str, Predict] = {
-                "constant": mean_predictor(reader.store, reader.teachers, shards, self.device)
-            }
-            if self.model is not None:
-                predictors["student"] = self.model.to(self.device).predict
-            loss = config.training.loss
-            for who, by_teacher in feature_distances(
-                predictors, reader, size, self.device, loss, on_views
-            ).items():
+        shards = [*self.config.train_shards()]
+
+        def predictors(reader: TargetReader) -> dict[str, Predict]:
+            constant = mean_predictor(reader.store, reader.teachers, shards, self.device)
+            model = {} if self.model is None else {"student": self.model.to(self.device).predict}
+            return {"constant": constant, **model}
+
+        return self._distances(predictors, on_views)
+
+    def student_distance(self) -> dict[str, FeatureDistance]:
+        """To each teacher on the held-out views, of the student alone: no moments are read."""
+        assert self.model is not None
+        predict: Predict = self.model.to(self.device).predict
+        return self._distances(lambda reader: {"student": predict})["student"]
+
+    def _distances(
+        self,
+        predictors: Callable[[TargetReader], dict[str, Predict]],
+        on_views: OnViews = lambda count: None,
+    ) -> dict[str, dict[str, FeatureDistance]]:
+        size, loss = self.config.evaluation.batch_size, self.config.training.loss
+        found: dict[str, dict[str, FeatureDistance]] = {}
+        for reader in (group.reader for group in open_groups(self.config, held_out=True)):
+            compared = feature_distances(predictors(reader), reader, size, self.device, loss, on_views)
+            for who, by_teacher in compared.items():
                 found.setdefault(who, {}).update(by_teacher)
         return found
 

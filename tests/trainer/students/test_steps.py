@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import timm
 import torch
 
+from tests.trainer.ranks import run_ranks
 from trainer.distributed import launch, wrap
 from trainer.students import STUDENTS, Student, create_student
 from trainer.students.registry import TABLE_6
@@ -74,10 +73,7 @@ def test_timms_models_are_those_of_the_papers_table(name: str, millions: int) ->
     assert sum(parameter.numel() for parameter in model.parameters()) // 10**6 == millions
 
 
-def run_rank(rank: int, port: int, name: str, settings: dict[str, Any], side: int, out: str) -> None:
-    torch.set_num_threads(1)
-    torchrun = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"})
+def run_rank(rank: int, ranks: int, name: str, settings: dict[str, Any], side: int, out: str) -> None:
     torch.manual_seed(0)
     with launch("cpu") as world:
         module = wrap(create_student(name, resolution=(side, side), **settings), world)
@@ -94,10 +90,7 @@ def run_rank(rank: int, port: int, name: str, settings: dict[str, Any], side: in
 
 def stay_the_same(name: str, settings: dict[str, Any], side: int, folder: Path) -> None:
     """Two ranks, each with images of its own, take two steps and end with equal parameters."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, name, settings, side, str(folder)), nprocs=RANKS)
+    run_ranks(run_rank, RANKS, name, settings, side, str(folder))
     one, other = ((folder / f"{rank}").read_text() for rank in range(RANKS))
     assert one == other
 
