@@ -121,7 +121,7 @@ def _extract_rate(
     began = time.perf_counter()
     receipt = recorder.record("bench", str(tar))
     rate = receipt.views / (time.perf_counter() - began)
-    store.objects.delete_folder("teachers")
+    store.objects.delete("teachers")
     return rate
 
 

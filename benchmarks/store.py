@@ -6,8 +6,8 @@ Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (bloc
 batches that are done with, which the trainer's reader uses again, and so does every rival here; page cache
 warm; every rival on as many threads as ours, each thread reading whole batches, as the reader does. Ours
 checks a CRC-32C for every row, the rivals check nothing. Writing: the same rows through PartWriter
-(checksums, BLAKE3 of every object, read back, commit) beside `np.save`. Rivals take turns within a run;
-figures are medians over the runs and ratios are medians of the runs' own ratios.
+(checksums, BLAKE3 of every object, fsync, read back, commit) beside `np.save` with fsync and without. Rivals
+take turns within a run; figures are medians over the runs and ratios are medians of the runs' own ratios.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,29 +104,26 @@ def _compare_writing(rows: Features, folder: Path, runs: int) -> None:
     store = FeatureStore.create(str(folder / "written"), StoreManifest())
     counter = iter(range(1_000_000))
 
-    def ours(sync: bool) -> None:
+    def ours() -> None:
         shard = f"w{next(counter)}"
         commit = write_part(store, rows, shard)
-        path = folder / "written" / store.part_path("t", shard, commit)
-        if sync:
-            _sync(path)
-        _discard(path)
+        _discard(folder / "written" / store.part_path("t", shard, commit))
 
     def saved(sync: bool) -> None:
         path = folder / f"saved{next(counter)}"
         path.mkdir()
         np.save(path / "rows.npy", rows)
         if sync:
-            _sync(path)
+            for place in (path / "rows.npy", path, folder):
+                _sync(place)
         _discard(path)
 
-    size = rows.nbytes
-    for sync, title in (
-        (False, "writing into the page cache"),
-        (True, "writing, until it is on the disk (fsync)"),
-    ):
-        rivals = {"this store": lambda: ours(sync), "np.save": lambda: saved(sync)}  # noqa: B023 - called in this turn
-        _report(title, rivals, dict.fromkeys(rivals, size), runs)
+    rivals = {
+        "this store": ours,
+        "np.save, then fsync": lambda: saved(True),
+        "np.save into the page cache": lambda: saved(False),
+    }
+    _report("writing", rivals, dict.fromkeys(rivals, rows.nbytes), runs)
 
 
 def write_part(store: FeatureStore, rows: Features, shard: str) -> str:
@@ -258,20 +255,16 @@ def _report(title: str, rivals: dict[str, Callable[[], None]], sizes: dict[str, 
         print(f"  {name:42} {statistics.median(found):6.2f} GB/s ({spread})   this store is {ratio:.2f} × it")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(folder: Path) -> None:
-    for path in _files(folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _discard(folder: Path) -> None:
-    for path in _files(folder):
-        path.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
 
 
 if __name__ == "__main__":

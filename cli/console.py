@@ -70,6 +70,13 @@ def _with_exit_codes(function: Callable[..., None]) -> Callable[..., None]:
             again = "again with --resume" if function.__name__ == "train" else "again"
             _complain_first(f"interrupted: run it {again} to go on")
             raise typer.Exit(130) from None
+        except Exception as error:
+            from storage_schemas.objects import StorageError  # loaded by whatever could have raised it
+
+            if not isinstance(error, StorageError):
+                raise
+            _complain_first(f"error: {str(error).strip().partition(chr(10))[0]}")
+            raise typer.Exit(1) from None
 
     return run
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.console import AsJson, out, print_facts, print_json, print_table, progress
 from storage_schemas.errors import DataDamage, UserError
+
+if TYPE_CHECKING:
+    from storage_schemas.inspection import StoreSummary
 
 StoreUrl = Annotated[
     str, typer.Argument(metavar="STORE", help="A folder, or an s3://, gs:// or memory:// URL.")
@@ -52,14 +55,25 @@ def verify(
 
 
 def inspect(store: StoreUrl, as_json: AsJson = False) -> None:
-    """What a store holds: teachers, shards, rows, invalid rows with their reasons, bytes, codecs."""
+    """What a store holds: teachers, shards, rows, invalid rows with their reasons, bytes, codecs.
+
+    Exit 1 and a line for each commit or view table that is damaged; the rest is counted.
+    """
     from storage_schemas.inspection import inspect_store
     from storage_schemas.store import FeatureStore
 
     found = inspect_store(FeatureStore.open(store))
     if as_json:
         print_json(asdict(found))
-        return
+    else:
+        _print_summary(found)
+        for line in found.damage:
+            out.print(line, highlight=False, markup=False)
+    if found.damage:
+        raise typer.Exit(1)
+
+
+def _print_summary(found: StoreSummary) -> None:
     rows = []
     for entry in found.teachers:
         spec = entry.spec
@@ -70,7 +84,7 @@ def inspect(store: StoreUrl, as_json: AsJson = False) -> None:
     facts = {"view tables": f"{found.shards:,}", "views": f"{found.views:,}"}
     facts |= {f"status {name}": f"{count:,}" for name, count in found.statuses.items()}
     facts |= {f"{count:,} ×": reason for reason, count in found.errors.items()}
-    facts["attempts that do not count"] = f"{found.garbage:,} (`rebroadcast gc` removes them)"
+    facts["attempts and files that do not count"] = f"{found.garbage:,} (`rebroadcast gc` removes them)"
     print_facts(facts)
 
 
@@ -78,12 +92,20 @@ def gc(
     store: StoreUrl,
     older_than: Annotated[float, typer.Option(min=0, help="Hours; younger attempts may be at work.")] = 24.0,
 ) -> None:
-    """Remove attempts that no commit names."""
+    """Remove attempts that no commit names, and files that a killed process left half written.
+
+    Exit 1 where a damaged commit does not say which attempt of its shard counts: those are all kept.
+    """
     from storage_schemas.store import FeatureStore
 
     opened = FeatureStore.open(store)
     found = opened.garbage(older_than * 3600)
     for path in found:
-        opened.objects.delete_folder(path)
+        opened.objects.delete(path)
         out.print(path, highlight=False)
-    out.print(f"{len(found)} attempts removed")
+    damage = [line for teacher in opened.teachers() for line in opened.commits(teacher)[1].values()]
+    for line in damage:
+        out.print(line, highlight=False, markup=False)
+    out.print(f"{len(found)} removed")
+    if damage:
+        raise typer.Exit(1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -19,13 +19,14 @@ from storage_schemas.manifest import TeacherSpec
 from storage_schemas.store import FeatureStore
 
 MOMENT_VECTORS = 2048  # gathered for one product, instead of many small ones
+PUTS = 8  # of small objects at once: each waits for a disk or a network
 
 
 class PartWriter:
     """Takes a shard's features in row order and leaves a complete part; `commit` makes it count.
 
-    Rows are written on in pieces as they come, and each object is read back in a thread while the next one
-    fills: of each array, `sending.PIECES` pieces are in memory.
+    Rows are written as they come, and each object is read back in a thread while the next one fills: of each
+    array, the rows of `sending.AHEAD` calls wait in memory.
     """
 
     def __init__(self, store: FeatureStore, spec: TeacherSpec, shard: str, rows: int) -> None:
@@ -51,7 +52,10 @@ class PartWriter:
         self._fidelity = _Fidelity()
 
     def append(self, output: TeacherOutput) -> None:
-        """The next rows: summary b d, spatial b h w d. A row not finite in fp16 is stored as invalid."""
+        """The next rows: summary b d, spatial b h w d, which nobody may change from now on.
+
+        A row not finite in fp16 is stored as invalid.
+        """
         packed = pack(output, self.spec.codec)
         first, self._written = self._written, self._written + len(packed.valid)
         assert self._written <= self.rows, (self.shard, self._written, self.rows)
@@ -64,7 +68,7 @@ class PartWriter:
             self._senders["spatial_scale"].add(packed.scale)
         self._measure(output, packed, first)
 
-    def _put_and_digest(self, name: str, data: Any) -> ObjectDigest:
+    def _put_and_digest(self, name: str, data: bytes) -> ObjectDigest:
         path = f"{self.path}/{name}"
         self.store.objects.put(path, data)
         size, digest = digest_object(self.store.objects, path)
@@ -95,8 +99,13 @@ class PartWriter:
         except DataDamage as error:
             raise DataDamage(f"shard {self.shard!r}: {error}") from error
         moments = {name: gatherer.moments() for name, gatherer in self._moments.items()}
-        small = small_objects(self.spec, self._valid, moments)
-        objects += [self._put_and_digest(name, data) for name, data in small.items()]
+        checksums = {
+            array.checksums: np.array(self._senders[name].checksums, dtype=np.uint64)
+            for name, array in self._arrays.items()
+        }
+        small = small_objects(self.spec, self._valid, checksums, moments)
+        with ThreadPoolExecutor(PUTS, thread_name_prefix="put") as pool:
+            objects += pool.map(self._put_and_digest, small.keys(), small.values())
         commit = Commit(
             teacher=self.spec.name,
             shard=self.shard,
@@ -121,7 +130,7 @@ class PartWriter:
         for sender in self._senders.values():
             sender.abort()
         if self._disposable:
-            self.store.objects.delete_folder(self.path)
+            self.store.objects.delete(self.path)
 
 
 class _Fidelity:

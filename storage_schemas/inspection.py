@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage_schemas.commits import merge_fidelity
+from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.store import FeatureStore
 
 
@@ -25,7 +26,9 @@ class TeacherSummary:
 
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """Of a store. `statuses` and `errors` count views, `garbage` the attempts that no commit names."""
+    """Of a store. `statuses` and `errors` count views, `garbage` what no commit names; `damage` has a line
+    for each thing that could not be counted.
+    """
 
     manifest: dict[str, Any]
     teachers: list[TeacherSummary]
@@ -34,16 +37,22 @@ class StoreSummary:
     statuses: dict[str, int]
     errors: dict[str, int]
     garbage: int
+    damage: list[str]
 
 
 def inspect_store(store: FeatureStore) -> StoreSummary:
     """Read every commit, and the view table of every committed shard."""
-    teachers = [_summarise(store, name) for name in store.teachers()]
+    damage: list[str] = []
+    teachers = [_summarise(store, name, damage) for name in store.teachers()]
     shards = sorted({shard for name in store.teachers() for shard in store.shards(name)})
     statuses: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     for shard in shards:
-        views = store.views(shard)
+        try:
+            views = store.views(shard)
+        except (DataDamage, UserError) as error:
+            damage.append(str(error))
+            continue
         statuses.update(views["status"].to_pylist())
         errors.update(error for error in views["error"].to_pylist() if error)
     return StoreSummary(
@@ -54,11 +63,13 @@ def inspect_store(store: FeatureStore) -> StoreSummary:
         statuses=dict(statuses),
         errors=dict(errors.most_common()),
         garbage=len(store.garbage()),
+        damage=damage,
     )
 
 
-def _summarise(store: FeatureStore, teacher: str) -> TeacherSummary:
-    commits = [store.commit(teacher, shard) for shard in store.shards(teacher)]
+def _summarise(store: FeatureStore, teacher: str, damage: list[str]) -> TeacherSummary:
+    commits, lost = store.commits(teacher)
+    damage += lost.values()
     return TeacherSummary(
         name=teacher,
         spec=store.spec(teacher).model_dump(mode="json"),

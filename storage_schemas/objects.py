@@ -1,8 +1,9 @@
 """Objects under a URL: the same few calls for a local folder, S3, GCS and memory.
 
 Only calls that an object store has are used: whole puts, uploads in parts, put-if-absent, range reads,
-listings. A put is atomic: a killed process leaves an object whole or absent (a local one with
-perhaps `<object>#<n>` beside it, which no listing shows). A power loss may take more: no file is fsynced.
+listings. A put is atomic and lasts: a killed process leaves an object whole or absent (a local one with
+perhaps `<object>#<n>` beside it, which no listing shows), and when a put returns, a power loss takes nothing
+of it: local files and their folders are fsynced.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ StorageError = BaseError  # of an object store or a file system; one that is no 
 PIECE_BYTES = 4 << 20  # of a remote object that is read to its end
 STEP_BYTES = 256 << 10  # of a file: what looks at the bytes next finds them in a core's cache
 PART_BYTES = 8 << 20  # of an upload in parts; S3 takes no less than 5 MiB
+IOV_MAX = 1024  # buffers that one call writes
 
 Bytes = NDArray[np.uint8]
 _memory: dict[str, MemoryStore] = {}
@@ -55,24 +57,37 @@ class Objects:
         """Buffers of `nbytes` bytes from each start (shorter where the object ends), in few requests."""
         return list(obstore.get_ranges(self._store, path, starts=starts, lengths=[nbytes] * len(starts)))
 
-    def put(self, path: str, data: Any) -> None:
-        """Write a whole object from anything with the buffer protocol."""
-        obstore.put(self._store, path, data)
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole object."""
+        if self.root is None:
+            obstore.put(self._store, path, data)
+        else:
+            self._put_file(path, data, replace=True)
 
-    def open_writer(self, path: str, nbytes: int) -> ObjectWriter:
-        """To write an object of so many bytes in pieces; it is there, whole, after `finish`."""
-        return ObjectWriter(self._store, self.root, path, nbytes)
+    def open_writer(self, path: str) -> ObjectWriter:
+        """To write an object in pieces; it is there, whole, after `finish`."""
+        return ObjectWriter(self._store, self.root, path)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write, unless there is such an object already; says whether this call wrote it.
 
         False does not mean that another writer won: an earlier try's answer may be lost. Read back.
         """
+        if self.root is not None:
+            return self._put_file(path, data, replace=False)
         try:
             obstore.put(self._store, path, data, mode="create", use_multipart=False)
         except AlreadyExistsError:
             return False
         return True
+
+    def _put_file(self, path: str, data: bytes, *, replace: bool) -> bool:
+        writer = self.open_writer(path)
+        try:
+            writer.write([data])
+            return writer.finish(replace=replace)
+        finally:
+            writer.abort()
 
     def stream(self, path: str) -> Iterator[bytes]:
         """The object in pieces; FileNotFoundError if there is none."""
@@ -102,24 +117,33 @@ class Objects:
         folders = sorted(path.rsplit("/", 1)[-1] for path in found["common_prefixes"])
         return folders, sorted(entry["path"].rsplit("/", 1)[-1] for entry in found["objects"])
 
-    def modified(self, folder: str) -> float:
+    def staged(self, folder: str = "") -> list[str]:
+        """Local files directly in a folder that a put is at work on, or that it left when it was killed."""
+        if self.root is None:
+            return []
+        return sorted(str(path.relative_to(self.root)) for path in (self.root / folder).glob("*#*"))
+
+    def modified(self, path: str) -> float:
         """Unix time of the newest object below a folder, counting local ones being put; 0 if none."""
         if self.root is not None:
-            files = (path for path in (self.root / folder).rglob("*") if not path.is_dir())
+            place = self.root / path
+            files = (file for file in (place, *place.rglob("*")) if not file.is_dir())
             try:
-                return max((path.stat().st_mtime for path in files), default=0.0)
+                return max((file.stat().st_mtime for file in files), default=0.0)
             except FileNotFoundError:  # it was put, or removed, at this moment
                 return time.time()
-        found = obstore.list(self._store, folder).collect()
+        found = obstore.list(self._store, path).collect()
         return max((entry["last_modified"].timestamp() for entry in found), default=0.0)
 
-    def delete_folder(self, folder: str) -> None:
-        """Remove all objects below a folder."""
-        paths = [path for path, _ in self.walk(folder)]
-        if paths:
-            obstore.delete(self._store, paths)
-        if self.root is not None:
-            shutil.rmtree(self.root / folder, ignore_errors=True)
+    def delete(self, path: str) -> None:
+        """Remove a staged file, or all objects below a folder."""
+        below = [found for found, _ in self.walk(path)]
+        if below:
+            obstore.delete(self._store, below)
+        if self.root is not None and (self.root / path).is_file():
+            (self.root / path).unlink(missing_ok=True)
+        elif self.root is not None:
+            shutil.rmtree(self.root / path, ignore_errors=True)
 
     def zarr(self) -> ObjectStore[Any]:
         """The same objects as Zarr reads them."""
@@ -138,43 +162,46 @@ class Objects:
 class ObjectWriter:
     """One object, in pieces, each behind the last. A process that is killed before `finish` leaves none.
 
-    Local: into a staging file of the form that LocalStore uses, renamed by `finish`. Its room is taken at the
-    beginning, for a file that grows is a quarter slower, and a full disk then says so before the work.
+    Local: a staging file of the form that LocalStore's listings pass over, which `finish` gives its name.
     """
 
-    def __init__(self, store: Any, root: Path | None, path: str, nbytes: int) -> None:
-        self._remote, self._descriptor, self._left = None, -1, nbytes
+    def __init__(self, store: Any, root: Path | None, path: str) -> None:
+        self._remote, self._descriptor = None, -1
         if root is None:
             self._remote = obstore.open_writer(store, path, buffer_size=PART_BYTES, max_concurrency=2)
             return
         self._path = root / path
         self._staged = self._path.with_name(f"{self._path.name}#{secrets.randbits(63)}")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _make_lasting_folder(self._path.parent)
         self._descriptor = os.open(self._staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            os.posix_fallocate(self._descriptor, 0, nbytes)
-        except OSError:
-            self.abort()
-            raise
 
-    def write(self, data: Bytes) -> None:
-        """The next bytes."""
-        self._left -= len(data)
+    def write(self, pieces: Sequence[bytes | Bytes]) -> None:
+        """The next bytes, from one or more buffers."""
         if self._remote is not None:
-            self._remote.write(bytes(data))  # it may keep what it gets, and `data` is used again
+            for piece in pieces:
+                self._remote.write(bytes(piece))
             return
-        while len(data):
-            data = data[os.write(self._descriptor, data) :]  # type: ignore[arg-type]
+        for first in range(0, len(pieces), IOV_MAX):
+            _write_all(self._descriptor, pieces[first : first + IOV_MAX])
 
-    def finish(self) -> None:
-        """Make the object be there."""
-        assert self._left == 0, (self._left, "bytes were not written")
+    def finish(self, *, replace: bool = True) -> bool:
+        """Make the object be there, to last. False if there is one already that it must not replace."""
         if self._remote is not None:
             self._remote.close()
-            return
+            return True
+        os.fsync(self._descriptor)
+        if replace:
+            self._staged.rename(self._path)
+        else:
+            try:
+                self._path.hardlink_to(self._staged)
+            except FileExistsError:
+                return False
+            self._staged.unlink()
         os.close(self._descriptor)
         self._descriptor = -1
-        self._staged.rename(self._path)
+        _sync_folder(self._path.parent)
+        return True
 
     def abort(self) -> None:
         """Leave nothing, if it is not finished."""
@@ -183,6 +210,30 @@ class ObjectWriter:
             os.close(self._descriptor)
             self._descriptor = -1
             self._staged.unlink(missing_ok=True)
+
+
+def _write_all(descriptor: int, pieces: Sequence[bytes | Bytes]) -> None:
+    left = sum(map(len, pieces)) - os.writev(descriptor, pieces)  # type: ignore[arg-type]
+    if left:  # a full disk takes some, and says so when asked for more
+        rest = memoryview(b"".join(map(bytes, pieces)))
+        while left:
+            left -= os.write(descriptor, rest[-left:])
+
+
+def _make_lasting_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_lasting_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_objects(url: str, *, create: bool = False, field: str = "url") -> Objects:
@@ -316,25 +367,22 @@ class RangeReader:
         self._require(start, len(data), nbytes)
         return data
 
-    def read_records(
-        self, starts: Sequence[int], targets: Sequence[Bytes], trailers: Sequence[Bytes]
-    ) -> Iterator[int]:
-        """Fill targets[i] and then trailers[i] (equal sizes for all i) with the bytes from starts[i] on.
+    def read_into(self, starts: Sequence[int], targets: Sequence[Bytes]) -> Iterator[int]:
+        """Fill targets[i] (equal sizes for all i) with the bytes from starts[i] on.
 
         Yields each i as it is filled, so that a checksum finds the bytes still in the processor's cache.
         """
-        nbytes = len(targets[0]) + len(trailers[0])
+        nbytes = len(targets[0])
         if self._descriptor >= 0:
             for i, start in enumerate(starts):
-                count = os.preadv(self._descriptor, (targets[i], trailers[i]), start)  # type: ignore[arg-type]
+                count = os.preadv(self._descriptor, (targets[i],), start)  # type: ignore[arg-type]
                 self._require(start, count, nbytes)
                 yield i
             return
         for i, buffer in enumerate(self._objects.get_ranges(self._path, starts, nbytes)):
             record = np.frombuffer(buffer, dtype=np.uint8)
             self._require(starts[i], len(record), nbytes)
-            targets[i][:] = record[: len(targets[i])]
-            trailers[i][:] = record[len(targets[i]) :]
+            targets[i][:] = record
             yield i
 
     def _require(self, start: int, count: int, wanted: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,20 @@ from numpy.typing import NDArray
 from storage_schemas.commits import Commit, ObjectDigest, digest_object
 from storage_schemas.errors import DataDamage
 from storage_schemas.features import Moments, dequantize
-from storage_schemas.layout import CRC_BYTES, RowArray, chunk_paths, crc32c, metadata_paths, row_arrays
+from storage_schemas.layout import (
+    CHECKSUM_BYTES,
+    CRC_BYTES,
+    RowArray,
+    chunk_paths,
+    crc32c,
+    metadata_paths,
+    row_arrays,
+    row_checksum,
+)
 from storage_schemas.manifest import TeacherSpec
-from storage_schemas.objects import Bytes, Objects, RangeReader
+from storage_schemas.objects import Objects, RangeReader
+
+OPEN_FILES = 4  # of a part: a trainer has many parts open, and a block of its order is in one or two files
 
 Rows = Sequence[NDArray[Any]] | NDArray[Any]  # contiguous arrays of one row each, or one array of them
 
@@ -36,7 +48,9 @@ class Part:
         self.objects = objects
         self.path = path
         self._arrays = {array.name: array for array in row_arrays(spec, commit.rows)}
-        self._files: dict[str, RangeReader] = {}
+        self._files: dict[str, RangeReader] = {}  # the one that was used last stands last
+        self._files_lock = Lock()
+        self._row_checksums: dict[str, NDArray[np.uint64]] = {}
 
     @cached_property
     def group(self) -> zarr.Group:
@@ -104,37 +118,56 @@ class Part:
         assert all(target.flags.c_contiguous for target in out), "rows are read into the caller's own memory"
         raw = [target.reshape(-1).view(np.uint8) for target in out]  # row_bytes each
         assert [len(target) for target in raw] == [array.row_bytes] * len(rows), array
-        stored = np.empty((len(rows), CRC_BYTES), dtype=np.uint8)
-        shards = np.asarray(rows, dtype=np.int64) // array.shard_rows
-        for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard).tolist()
-            starts = [rows[place] % array.shard_rows * array.stride for place in places]
-            file = self._file(array, int(shard))
-            targets, trailers = [raw[place] for place in places], [stored[place] for place in places]
-            for record in file.read_records(starts, targets, trailers):
-                self._check(name, rows[places[record]], targets[record], trailers[record])
+        places = np.asarray(rows, dtype=np.int64)
+        stored = self._checksums(array)[places].tolist()
+        shards = places // array.shard_rows
+        starts = places % array.shard_rows * array.stride
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            file, here = self._file(array, shard), chosen.tolist()
+            for record in file.read_into(starts[chosen].tolist(), [raw[place] for place in here]):
+                place = here[record]
+                found = row_checksum(raw[place])
+                if found != stored[place]:
+                    raise DataDamage(
+                        f"{self.where} row {rows[place]} of {name!r}: xxh3 stored {stored[place]:016x}, "
+                        f"read {found:016x}"
+                    )
 
-    def _check(self, name: str, row: int, values: Bytes, checksum: Bytes) -> None:
-        wanted, found = int(checksum.view("<u4")[0]), crc32c(values)
-        if wanted != found:
-            raise DataDamage(
-                f"{self.where} row {row} of {name!r}: crc32c stored {wanted:08x}, read {found:08x}"
-            )
+    def _checksums(self, array: RowArray) -> NDArray[np.uint64]:
+        found = self._row_checksums.get(array.name)
+        if found is None:
+            found = self._row_checksums[array.name] = self._read_checksums(array)
+        return found
+
+    def _read_checksums(self, array: RowArray) -> NDArray[np.uint64]:
+        path = f"{array.checksums}/c/0"
+        try:
+            data = self.objects.get(f"{self.path}/{path}")
+        except FileNotFoundError as error:
+            raise DataDamage(f"{self.where} object {path!r} is missing") from error
+        values, crc = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
+        if len(values) != array.rows * CHECKSUM_BYTES or crc32c(values) != crc:
+            raise DataDamage(f"{self.where} object {path!r} is damaged: {len(data)} bytes, crc32c {crc:08x}")
+        return np.frombuffer(values, dtype="<u8")
 
     def _file(self, array: RowArray, shard: int) -> RangeReader:
         path = array.object_path(shard)
-        file = self._files.get(path)
-        if file is None:
-            try:
-                file = RangeReader(self.objects, f"{self.path}/{path}")
-                size = file.size()
-            except FileNotFoundError as error:
-                raise DataDamage(f"{self.where} object {path!r} is missing") from error
-            if size != array.object_bytes(shard):
-                raise DataDamage(
-                    f"{self.where} object {path!r}: {size} bytes, not {array.object_bytes(shard)}"
-                )
+        with self._files_lock:
+            file = self._files.pop(path, None) or self._open_file(path, array.object_bytes(shard))
             self._files[path] = file
+            if len(self._files) > OPEN_FILES:
+                del self._files[next(iter(self._files))]  # it closes when the last thread lets go of it
+        return file
+
+    def _open_file(self, path: str, nbytes: int) -> RangeReader:
+        try:
+            file = RangeReader(self.objects, f"{self.path}/{path}")
+            size = file.size()
+        except FileNotFoundError as error:
+            raise DataDamage(f"{self.where} object {path!r} is missing") from error
+        if size != nbytes:
+            raise DataDamage(f"{self.where} object {path!r}: {size} bytes, not {nbytes}")
         return file
 
     @property
@@ -144,9 +177,8 @@ class Part:
 
     def close(self) -> None:
         """Let go of the open files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        with self._files_lock:
+            self._files.clear()
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

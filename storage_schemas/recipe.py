@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -86,13 +86,16 @@ def parse(model: type[Model], value: object, where: str) -> Model:
 
 
 def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model at a place within a model; none where that is no plain model."""
+    """Names of the fields of the model at a place within a model; none where that is no model."""
+    found: Any = model
     for key in place:
-        found = model.model_fields[str(key)].annotation if str(key) in model.model_fields else None
-        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        if get_origin(found) is dict:
+            found = get_args(found)[1]
+        elif isinstance(found, type) and issubclass(found, BaseModel) and str(key) in found.model_fields:
+            found = found.model_fields[str(key)].annotation
+        else:
             return []
-        model = found
-    return list(model.model_fields)
+    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
 
 
 def _apply(recipe: dict[str, Any], override: str) -> None:

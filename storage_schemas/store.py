@@ -88,7 +88,8 @@ class FeatureStore:
 
     def teachers(self) -> list[str]:
         """Names of the recorded teachers, sorted."""
-        return self.objects.names("teachers")[0]
+        folders = self.objects.names("teachers")[0]
+        return [name for name in folders if self.objects.size(self._spec_path(name)) is not None]
 
     def shards(self, teacher: str) -> list[str]:
         """Names of the source shards committed for a teacher, sorted."""
@@ -145,6 +146,16 @@ class FeatureStore:
                 f"shard {shard!r}, teacher {teacher!r}: commit has fingerprint {commit.fingerprint}"
             )
         return commit
+
+    def commits(self, teacher: str) -> tuple[list[Commit], dict[str, str]]:
+        """Every commit of a teacher, by shard; and for each shard whose commit does not hold, why."""
+        held, damage = [], {}
+        for shard in self.shards(teacher):
+            try:
+                held.append(self.commit(teacher, shard))
+            except DataDamage as error:
+                damage[shard] = str(error)
+        return held, damage
 
     def write_commit(self, commit: Commit) -> bool:
         """Make an attempt count. False if another attempt already does; then this one is garbage."""
@@ -229,14 +240,21 @@ class FeatureStore:
             return [str(error)]
 
     def garbage(self, older_than: float = 0) -> list[str]:
-        """Folders of attempts that no commit names, none of whose objects is younger than `older_than`
-        seconds.
+        """What no commit names, and nobody has written to for `older_than` seconds: folders of attempts, and
+        local files that a put left when its process was killed.
+
+        An attempt at a shard whose commit does not hold may be the one that counted, and is none.
         """
-        found = []
+        found = [path for folder in ("", "views", "teachers") for path in self.objects.staged(folder)]
         for teacher in self.teachers():
-            attempts = self.objects.names(f"teachers/{teacher}/parts")[0]
-            kept = {f"{shard}.{self.commit(teacher, shard).attempt}" for shard in self.shards(teacher)}
-            found += [f"teachers/{teacher}/parts/{name}" for name in attempts if name not in kept]
+            home = f"teachers/{teacher}"
+            for folder in (home, f"{home}/commits", f"{home}/text"):
+                found += self.objects.staged(folder)
+            commits, damage = self.commits(teacher)
+            counting = {f"{commit.shard}.{commit.attempt}" for commit in commits}
+            for attempt in self.objects.names(f"{home}/parts")[0]:
+                if attempt not in counting and attempt.rpartition(".")[0] not in damage:
+                    found.append(f"{home}/parts/{attempt}")
         return [path for path in found if time.time() - self.objects.modified(path) >= older_than]
 
     def texts(self, teacher: str) -> list[str]:

@@ -40,6 +40,11 @@ def launch(device: str = "auto") -> Iterator[World]:
     if world.size == 1 or dist.is_initialized():
         yield world
         return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise UserError(
+            f"environment variable WORLD_SIZE is {size} without MASTER_ADDR and MASTER_PORT: unset it, or "
+            f"start with torchrun"
+        )
     if world.device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=world.device, timeout=PATIENCE)
     else:

@@ -155,8 +155,9 @@ class Run:
         before, now = list(checkpoint.meta["teachers"]), list(model.specs)
         if before != now:
             raise UserError(
-                f"training.teachers: {where} learned from {', '.join(before)}, the store has "
-                f"{', '.join(now)}; name those in training.teachers, or give another training.output"
+                f"training.teachers: {where} learned from {', '.join(before)}, this run would from "
+                f"{', '.join(now)}; name the former, in their order, in training.teachers or "
+                f"training.groups, or give another training.output"
             )
         over_ranks = checkpoint.meta.get("over_ranks", False)
         if over_ranks != self.over_ranks:

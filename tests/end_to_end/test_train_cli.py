@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from obstore.exceptions import PermissionDeniedError
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -260,6 +261,15 @@ def test_an_interruption_is_one_line_and_exit_130(project: Project, monkeypatch:
     monkeypatch.setattr("storage_schemas.inspection.inspect_store", interrupted)
     assert_refused(run("train", project.recipe), "interrupted: run it again with --resume to go on", code=130)
     assert_refused(run("inspect", project.folder / "store"), "interrupted: run it again to go on", code=130)
+
+
+def test_what_an_object_store_refuses_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionDeniedError("Forbidden: s3://b/manifest.json\n\nDebug source: ...")
+
+    monkeypatch.setattr("obstore.get", refuse)
+    refused = run("inspect", project.folder / "store")
+    assert_refused(refused, "error: Forbidden: s3://b/manifest.json", code=1)
 
 
 def test_a_narrow_terminal_cuts_no_figure(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import torch
 from pipeline.extract import extract
 from pipeline.teachers import FAMILIES
 from storage_schemas.features import TeacherOutput
-from storage_schemas.objects import Objects, ObjectWriter
+from storage_schemas.objects import ObjectWriter
 from storage_schemas.store import FeatureStore
 from tests.recording import (
     FakeTeacher,
@@ -32,7 +32,7 @@ from tests.recording import (
     problems,
 )
 
-PUTS = ((Objects, "put"), (Objects, "put_if_absent"), (ObjectWriter, "write"), (ObjectWriter, "finish"))
+PUTS = ("write", "finish")  # all of a local put: each piece, and what makes the object be there
 SECONDS = 60  # no child takes a tenth of it
 
 
@@ -40,13 +40,15 @@ SECONDS = 60  # no child takes a tenth of it
 def server() -> ForkServerContext:
     """Children are forked from a process that has imported everything and started no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tests.recording", "timm"])
+    imported_late = ["timm", "pandas", "pyarrow.compute"]
+    context.set_forkserver_preload([__name__, "tests.recording", *imported_late])
     return context
 
 
 def run_to_end(folder: Path, report: Path | None = None, seconds_a_batch: float = 0.0) -> None:
     """`extract` in a child; writes what it reports, if asked."""
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # processes die here, and no disks
 
     class Slow(FakeTeacher):
         def __call__(self, images: torch.Tensor) -> TeacherOutput:
@@ -61,26 +63,24 @@ def run_to_end(folder: Path, report: Path | None = None, seconds_a_batch: float 
 
 
 def die_at(folder: Path, call: int) -> None:
-    """`extract` in a child that is killed right before its n-th put, piece or finish, so after the one before
-    it, or at the end of all.
+    """`extract` in a child that is killed right before its n-th piece or finish, so after the one before it,
+    or at the end of all.
     """
     lock, calls = threading.Lock(), 0
 
     def deadly(put: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
             with lock:
                 calls += 1
                 if calls == call:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return put(*arguments)
+                return put(*arguments, **options)
 
         return wrapped
 
-    Objects.put = deadly(Objects.put)  # type: ignore[method-assign]
-    Objects.put_if_absent = deadly(Objects.put_if_absent)  # type: ignore[method-assign]
-    ObjectWriter.write = deadly(ObjectWriter.write)  # type: ignore[method-assign]
-    ObjectWriter.finish = deadly(ObjectWriter.finish)  # type: ignore[method-assign]
+    for name in PUTS:
+        setattr(ObjectWriter, name, deadly(getattr(ObjectWriter, name)))
     run_to_end(folder)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -107,7 +107,7 @@ def finish(folder: Path, wanted: dict[str, str]) -> None:
     assert problems(store) == []
     assert committed_objects(store) == wanted
     for path in store.garbage():
-        store.objects.delete_folder(path)
+        store.objects.delete(path)
     parts = [(teacher, shard) for teacher in store.teachers() for shard in store.shards(teacher)]
     kept = {store.part_path(*part, store.commit(*part).attempt) for part in parts}
     left = (folder / "store").glob("teachers/*/parts/*")
@@ -123,16 +123,16 @@ def count_puts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     calls = 0
 
     def counting(put: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
             calls += 1
-            return put(*arguments)
+            return put(*arguments, **options)
 
         return wrapped
 
     with monkeypatch.context() as patch:
-        for owner, name in PUTS:
-            patch.setattr(owner, name, counting(getattr(owner, name)))
+        for name in PUTS:
+            patch.setattr(ObjectWriter, name, counting(getattr(ObjectWriter, name)))
         extract(make_config(folder))
     shutil.rmtree(folder / "store")
     return calls

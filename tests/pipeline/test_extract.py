@@ -280,7 +280,8 @@ def test_the_plan_says_what_is_written(tmp_path: Path) -> None:
             commits = [store.commit(cost.name, shard) for shard in shards]
             chunks = sum(o.size for c in commits for o in c.objects if not o.path.endswith("zarr.json"))
             assert cost.bytes == chunks
-            assert sum(commit.bytes for commit in commits) == pytest.approx(cost.bytes, rel=0.02)
+            metadata = sum(commit.bytes for commit in commits) - cost.bytes
+            assert 0 < metadata < 10_000 * len(shards)
             assert cost.objects == sum(len(commit.objects) for commit in commits)
         views = sum(store.objects.size(f"views/{shard}.parquet") or 0 for shard in shards)
         assert views <= plan.rows * pipeline.plan.VIEW_BYTES + 10_000 * len(shards)

@@ -10,7 +10,7 @@ import pipeline.verify
 from pipeline.recorder import Recorder
 from pipeline.teachers import create_teacher
 from pipeline.verify import verify_deep
-from storage_schemas.layout import CRC_BYTES, crc32c, row_arrays
+from storage_schemas.layout import CRC_BYTES, crc32c, row_arrays, row_checksum
 from storage_schemas.store import FeatureStore
 from tests.recording import make_shard, make_store
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 def tamper(store: FeatureStore, shard: str, row: int) -> None:
-    """Other numbers in a row's summary, with a checksum that fits."""
+    """Other numbers in a row's summary, with checksums that fit."""
     commit = store.commit("vit", shard)
     array = row_arrays(store.spec("vit"), commit.rows)[0]
     assert store.objects.root is not None
@@ -40,6 +40,10 @@ def tamper(store: FeatureStore, shard: str, row: int) -> None:
     record = values + crc32c(values).to_bytes(CRC_BYTES, "little")
     data[row * array.stride : (row + 1) * array.stride] = record
     path.write_bytes(data)
+    path = folder / array.checksums / "c/0"
+    checksums = np.frombuffer(path.read_bytes()[:-CRC_BYTES], "<u8").copy()
+    checksums[row] = row_checksum(values)
+    path.write_bytes(checksums.tobytes() + crc32c(checksums).to_bytes(CRC_BYTES, "little"))
 
 
 def test_features_agree_with_the_teacher_made_again_and_a_tampered_row_is_named(store: FeatureStore) -> None:

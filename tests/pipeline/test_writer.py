@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from pipeline import sending
 from pipeline.sending import ArraySender
 from pipeline.writer import PartWriter
-from storage_schemas import layout
+from storage_schemas import layout, objects
 from storage_schemas.commits import SourceTar
 from storage_schemas.errors import DataDamage
 from storage_schemas.objects import Objects, ObjectWriter
@@ -93,14 +95,17 @@ def test_what_does_not_read_back_as_written_is_not_committed(
     owner: Any = Objects if call == "put" else ObjectWriter
     whole = getattr(owner, call)
 
-    def flip(self: Any, *arguments: Any) -> None:
-        *path, data = arguments
+    def flipped(data: Any) -> Any:
         changed = np.array(np.frombuffer(data, dtype=np.uint8))
         changed[len(changed) // 2] ^= 1
-        whole(self, *path, changed)
+        return changed
 
-    monkeypatch.setattr(owner, call, flip)
+    def flip(self: Any, *arguments: Any) -> Any:
+        *path, data = arguments
+        return whole(self, *path, flipped(data) if call == "put" else [flipped(data[0]), *data[1:]])
+
     writer, digest = begin(store)
+    monkeypatch.setattr(owner, call, flip)
     writer.append(random_output(writer.spec, 6))
     with pytest.raises(DataDamage, match=r"shard 'a': object .* read back with"):
         writer.commit(SOURCE, digest)
@@ -108,19 +113,36 @@ def test_what_does_not_read_back_as_written_is_not_committed(
     assert store.shards("fake") == store.garbage() == []
 
 
-@pytest.mark.parametrize("piece", [7, 64, 1000])
 @pytest.mark.parametrize("url", ["local", "memory"])
-def test_objects_do_not_depend_on_the_pieces_nor_on_memory_that_is_used_again(
-    tmp_path: Path, url: str, piece: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [1, 100, 300])
+def test_objects_do_not_depend_on_how_many_rows_are_sent_at_once(
+    tmp_path: Path, url: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "SHARD_BYTES", 600)
     spec = make_spec()
     whole = write_part(make_store(tmp_path / "whole"), spec, random_output(spec, 13))
-    monkeypatch.setattr(sending, "PIECE_BYTES", piece)
-    monkeypatch.setattr(layout, "STEP_BYTES", 11)
-    store = make_store(tmp_path / "pieces" if url == "local" else f"memory://pieces-{piece}")
+    monkeypatch.setattr(sending, "STEP_BYTES", step)
+    monkeypatch.setattr(objects, "IOV_MAX", 3)
+    store = make_store(tmp_path / "steps" if url == "local" else f"memory://steps-{step}")
     assert write_part(store, spec, random_output(spec, 13)).objects == whole.objects
     assert problems(store) == []
+
+
+@pytest.mark.parametrize("taken", [1, 7, 50])
+def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
+    tmp_path: Path, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    whole = write_part(make_store(tmp_path / "whole"), spec, random_output(spec, 13))
+    write = os.write
+
+    def take_some(descriptor: int, pieces: list[Any]) -> int:
+        return write(descriptor, b"".join(map(bytes, pieces))[:taken])
+
+    monkeypatch.setattr(os, "writev", take_some)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:taken]))
+    store = make_store(tmp_path / "some")
+    assert write_part(store, spec, random_output(spec, 13)).objects == whole.objects
 
 
 def test_an_attempt_that_ends_within_an_object_leaves_no_file(tmp_path: Path) -> None:
@@ -133,30 +155,28 @@ def test_an_attempt_that_ends_within_an_object_leaves_no_file(tmp_path: Path) ->
     assert list(tmp_path.rglob("*#*")) == []
 
 
-def test_few_pieces_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "SHARD_BYTES", 1)  # each row is an object
-    live, most, lock = 0, 0, threading.Lock()
-    submit, write = ArraySender._send, ObjectWriter.write
+def test_few_rows_wait_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, most, lock = 0, 0, threading.Lock()
+    add, write = ArraySender.add, ObjectWriter.write
 
-    def count_up(self: ArraySender, piece: Any) -> Any:
-        nonlocal live, most
+    def count_up(self: ArraySender, values: Any) -> None:
+        nonlocal waiting, most
         with lock:
-            live += 1
-            most = max(most, live)
-        return submit(self, piece)
+            waiting += 1
+            most = max(most, waiting)
+        add(self, values)
 
-    def count_down(self: ObjectWriter, data: Any) -> None:
-        nonlocal live
-        write(self, data)
+    def slowly(self: ObjectWriter, pieces: Any) -> None:
+        nonlocal waiting
+        time.sleep(0.01)
+        write(self, pieces)
         with lock:
-            live -= 1
+            waiting -= 1
 
-    monkeypatch.setattr(ArraySender, "_send", count_up)
-    monkeypatch.setattr(ObjectWriter, "write", count_down)
-    store = make_store(tmp_path)
-    writer, digest = begin(store, rows=40)
-    for start in range(40):
+    monkeypatch.setattr(ArraySender, "add", count_up)
+    monkeypatch.setattr(ObjectWriter, "write", slowly)
+    writer, _ = begin(make_store(tmp_path), rows=40)
+    for start in range(20):
         writer.append(random_output(writer.spec, 1, start))
-    writer.commit(SOURCE, digest)
     writer.close()
-    assert (live, most <= 2 * sending.PIECES) == (0, True)  # of two arrays
+    assert most <= 2 * (sending.AHEAD + 1)  # of two arrays

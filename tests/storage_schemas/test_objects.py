@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,11 +49,26 @@ def test_what_is_put_is_there(objects: Objects) -> None:
     assert objects.names("a") == (["b"], ["d.bin"])
     assert objects.names("nothing") == ([], [])
     assert [bytes(piece) for piece in objects.get_ranges("a/b/c.bin", [0, 3], 2)] == [b"\0\1", b"\3\4"]
-    objects.delete_folder("a/b")
+    objects.delete("a/b")
     assert objects.walk("a") == [("a/d.bin", 3)]
-    objects.delete_folder("nothing")
+    objects.delete("nothing")
     with pytest.raises(FileNotFoundError):
         objects.get("a/b/c.bin")
+
+
+@pytest.mark.parametrize("put", [Objects.put, Objects.put_if_absent])
+def test_when_a_put_returns_a_power_loss_takes_nothing_of_it(
+    tmp_path: Path, put: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def note(descriptor: int) -> None:
+        synced.append(re.sub(r"#\d+$", "#", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+
+    monkeypatch.setattr(os, "fsync", note)
+    put(open_objects(str(tmp_path)), "a/b/c", b"data")
+    folders = [str(tmp_path), f"{tmp_path}/a"]  # of what was made in them
+    assert synced == [*folders, f"{tmp_path}/a/b/c#", f"{tmp_path}/a/b"]
 
 
 def test_put_if_absent_keeps_the_first(objects: Objects) -> None:

@@ -171,7 +171,7 @@ def test_reading_a_row_with_a_flipped_bit_names_it(
     for array in row_arrays(spec, ROWS):
         for row in range(ROWS):
             shard, place = divmod(row, array.shard_rows)
-            bit = place * array.stride * 8 + int(random.integers(0, array.stride * 8))
+            bit = place * array.stride * 8 + int(random.integers(0, array.row_bytes * 8))
             flip_bit(folder / array.object_path(shard), bit)
             with pytest.raises(DataDamage, match=rf"shard 'a', teacher 'fake'.* row {row} of '{array.name}'"):
                 read_all(store.part("fake", "a"))
@@ -191,9 +191,14 @@ def test_missing_and_truncated_objects_are_named(tmp_path: Path, url: str) -> No
         if entry.path.startswith(("summary/c", "spatial/c")):
             with pytest.raises(DataDamage, match=rf"{entry.path}.*: {len(data) - 1} bytes, not {len(data)}"):
                 read_all(store.part("fake", "a"))
+        if entry.path.startswith(("summary_xxh3/c", "spatial_xxh3/c")):
+            for damaged in (data[:-1], data[:3], b"\x01" + data[1:]):
+                store.objects.put(path, damaged)
+                with pytest.raises(DataDamage, match=rf"{entry.path}.* is damaged: {len(damaged)} bytes"):
+                    read_all(store.part("fake", "a"))
         obstore.delete(store.objects._store, path)
         assert [path in line and "is missing" in line for line in store.verify("fake", "a")] == [True]
-        if entry.path.startswith(("summary/c", "spatial/c")):
+        if entry.path.startswith(("summary/c", "spatial/c", "summary_xxh3/c", "spatial_xxh3/c")):
             with pytest.raises(DataDamage, match=rf"{entry.path}.* is missing"):
                 read_all(store.part("fake", "a"))
         store.objects.put(path, data)

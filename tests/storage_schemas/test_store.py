@@ -143,7 +143,7 @@ def test_garbage_is_what_no_commit_names_and_nobody_writes_now(tmp_path: Path) -
     os.utime(tmp_path / left[0] / "summary/c/0/0", (old, old))
     assert store.garbage(older_than=3600) == left[:1]
     for path in store.garbage():
-        store.objects.delete_folder(path)
+        store.objects.delete(path)
     assert store.garbage() == []
     assert sorted((tmp_path / "teachers/fake/parts").iterdir()) == [kept]
     assert store.verify("fake", "a") == []
@@ -177,12 +177,36 @@ def test_commits_of_a_shard_from_different_tars_are_named(tmp_path: Path) -> Non
         assert "1" * 64 in line
 
 
-def test_nothing_is_garbage_while_a_commit_cannot_be_read(tmp_path: Path) -> None:
+def test_a_commit_that_does_not_hold_stops_neither_inspection_nor_the_search_for_garbage(
+    tmp_path: Path,
+) -> None:
+    store, spec = make_store(tmp_path), make_spec()
+    for shard in ("a", "b.c", "d"):
+        write_part(store, spec, random_output(spec, 2), shard)
+    left = [store.part_path("fake", shard, "f" * 32) for shard in ("a", "b.c", "d")]
+    for path in left:
+        store.objects.put(f"{path}/zarr.json", b"{}")
+    (tmp_path / "teachers/fake/commits/b.c.json").write_bytes(b"{")
+    (tmp_path / "views/d.parquet").write_bytes(b"{")
+    assert store.garbage() == [left[0], left[2]]  # one of b.c's two may be the one that counted
+    found = inspect_store(store)
+    assert (found.teachers[0].shards, found.teachers[0].rows, found.views) == (2, 4, 4)
+    assert [("b.c.json" in line, "'d'" in line) for line in found.damage] == [(True, False), (False, True)]
+
+
+def test_what_a_killed_put_left_is_garbage(tmp_path: Path) -> None:
     store, spec = make_store(tmp_path), make_spec()
     write_part(store, spec, random_output(spec, 2))
-    (tmp_path / "teachers/fake/commits/a.json").write_bytes(b"{")
-    with pytest.raises(DataDamage):
-        store.garbage()
+    places = ("manifest.json", "views/a.parquet", "teachers/fake/spec.json", "teachers/fake/commits/a.json")
+    left = sorted(f"{place}#17" for place in places)
+    for path in left:
+        (tmp_path / path).write_bytes(b"half")
+    assert sorted(store.garbage()) == left
+    assert store.garbage(older_than=3600) == []
+    for path in store.garbage():
+        store.objects.delete(path)
+    assert store.garbage() == list(tmp_path.rglob("*#*")) == []
+    assert store.verify("fake", "a") == []
 
 
 def test_inspection_adds_up(tmp_path: Path) -> None:

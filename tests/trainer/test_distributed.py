@@ -66,6 +66,13 @@ def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_a_world_that_nobody_can_join_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 without MASTER_ADDR .* torchrun"), launch("cpu"):
+        pass
+
+
 def _launch_joined(rank: int, ranks: int) -> None:
     """As Ray Train does: the ranks are joined before, and parted after."""
     torch.distributed.init_process_group("gloo")

@@ -149,7 +149,7 @@ def damage_row(recorded: Any, teacher: str, row: int) -> None:
 
 def test_a_damaged_row_stops_the_run_unless_it_is_to_be_skipped(own_copy: Any, tmp_path: Path) -> None:
     damage_row(own_copy, "cnn", 4)
-    with pytest.raises(DataDamage, match=r"shard 'train-0', teacher 'cnn', .* row 4 of 'spatial': crc32c"):
+    with pytest.raises(DataDamage, match=r"shard 'train-0', teacher 'cnn', .* row 4 of 'spatial': xxh3"):
         train(own_copy.recipe(tmp_path / "stopped", steps=10))
     train(own_copy.recipe(tmp_path / "run", steps=10, on_corrupt="skip", log_every=3))
     lines = (tmp_path / "run/damage.txt").read_text().splitlines()

@@ -230,7 +230,7 @@ def test_a_damaged_feature_is_named_by_teacher_shard_and_row(own_copy: Any) -> N
     commit = own_copy.store.commit("cnn", "train-0")
     part = own_copy.folder / "store" / own_copy.store.part_path("cnn", "train-0", commit.attempt)
     flip(part / "spatial/c/0/0/0/0", 4 * (2 * 2 * 256 * 2 + 4) + 10)
-    with pytest.raises(DataDamage, match=r"shard 'train-0', teacher 'cnn', .* row 4 of 'spatial': crc32c"):
+    with pytest.raises(DataDamage, match=r"shard 'train-0', teacher 'cnn', .* row 4 of 'spatial': xxh3"):
         read_all(own_copy)
 
 
