@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/rebroadcast demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

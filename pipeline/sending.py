@@ -1,47 +1,38 @@
 """Rows of one array of a part -> its objects, read back.
 
-Rows are summed and written straight from the memory that they come in, by one thread, digested by a second
-behind it, and each object is made to last and read back by a third while the next one fills.
+Rows are summed, digested and written straight from the memory that they come in, by one thread; another makes
+each object last and reads it back while the next one fills.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
-from storage_schemas.commits import ObjectDigest
+from storage_schemas.commits import ObjectDigest, digest_object
 from storage_schemas.errors import DataDamage
-from storage_schemas.layout import (
-    RowArray,
-    checksum_object,
-    crc32c,
-    join_crc32c,
-    row_checksum,
-    shard_index,
-)
+from storage_schemas.layout import RowArray, crc32c, row_checksum, shard_index
 from storage_schemas.objects import Bytes, Objects
 
-STEP_BYTES = 1 << 20  # of rows, so that what was summed is still in a cache when it is written and digested
+STEP_BYTES = 1 << 20  # of rows, so that what was summed is still in a cache when it is written
 AHEAD = 2  # calls of `add` whose rows may wait for the threads
 
 
 class SendingThreads:
-    """One of each, so that bytes stay in order."""
+    """One writes, so that bytes stay in order; one checks."""
 
     def __init__(self) -> None:
         self.write = ThreadPoolExecutor(1, thread_name_prefix="put")
-        self.digest = ThreadPoolExecutor(1, thread_name_prefix="digest")
         self.check = ThreadPoolExecutor(1, thread_name_prefix="check")
 
     def close(self) -> None:
         """Wait for what is under way, and drop the rest."""
-        for pool in (self.write, self.digest, self.check):
+        for pool in (self.write, self.check):
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -98,52 +89,40 @@ class _SentObject:
         self._path, self._size = array.object_path(shard), array.object_bytes(shard)
         self._index = shard_index(array, shard)
         self._checksums = checksums
-        self._crc = 0  # of all of it, put together from those of its rows
-        self._digest = blake3()
+        self._digest = xxh3_128()
         self._steps: list[Future[None]] = []
 
     def add(self, rows: Bytes, threads: SendingThreads) -> Future[None]:
         """The next rows, n bytes; done when their memory is free."""
-        return self._send(lambda: [piece for row in rows for piece in self._sum(row)], threads)
+        self._steps.append(threads.write.submit(self._write_rows, rows))
+        return self._steps[-1]
 
     def end(self, threads: SendingThreads) -> Future[ObjectDigest]:
         """After the last row."""
-        self._send(self._sum_index, threads)
+        self._steps.append(threads.write.submit(self._write, [self._index]))
         return threads.check.submit(self._finish)
 
-    def _sum(self, row: Bytes) -> tuple[Bytes, Bytes]:
-        self._checksums.append(row_checksum(row))
-        found = crc32c(row)
-        trailer = np.array([found], dtype="<u4").view(np.uint8)
-        self._crc = crc32c(trailer, join_crc32c(self._crc, found, len(row)))
-        return row, trailer
+    def _write_rows(self, rows: Bytes) -> None:
+        pieces = []
+        for row in rows:
+            self._checksums.append(row_checksum(row))
+            pieces += [row, np.array([crc32c(row)], dtype="<u4").view(np.uint8)]
+        self._write(pieces)
 
-    def _sum_index(self) -> list[Bytes]:
-        self._crc = crc32c(self._index, self._crc)
-        return [self._index]
-
-    def _send(self, sum_up: Callable[[], list[Bytes]], threads: SendingThreads) -> Future[None]:
-        def write() -> list[Bytes]:
-            pieces = sum_up()
-            self.writer.write(pieces)
-            return pieces
-
-        def update(written: Future[list[Bytes]]) -> None:
-            for piece in written.result():
-                self._digest.update(piece)  # type: ignore[arg-type]
-
-        self._steps.append(threads.digest.submit(update, threads.write.submit(write)))
-        return self._steps[-1]
+    def _write(self, pieces: list[Bytes]) -> None:
+        for piece in pieces:
+            self._digest.update(piece)  # type: ignore[arg-type]
+        self.writer.write(pieces)
 
     def _finish(self) -> ObjectDigest:
         for step in self._steps:
             step.result()
         self.writer.finish()
         path = f"{self._folder}/{self._path}"
-        found = checksum_object(self._store, path)
-        if found != (self._size, self._crc):
+        sent, found = (self._size, self._digest.hexdigest()), digest_object(self._store, path)
+        if found != sent:
             raise DataDamage(
-                f"object {path!r} read back with {found[0]} bytes, crc32c {found[1]:08x}; "
-                f"sent {self._size}, {self._crc:08x}"
+                f"object {path!r} read back with {found[0]} bytes, xxh3_128 {found[1]}; "
+                f"sent {sent[0]}, {sent[1]}"
             )
-        return ObjectDigest(path=self._path, size=self._size, blake3=self._digest.hexdigest())
+        return ObjectDigest(path=self._path, size=self._size, xxh3_128=sent[1])

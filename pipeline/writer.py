@@ -7,8 +7,8 @@ from importlib.metadata import version
 from uuid import uuid4
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
 from pipeline.sending import ArraySender, SendingThreads
 from storage_schemas.commits import Commit, ObjectDigest, SourceTar, digest_object
@@ -72,11 +72,11 @@ class PartWriter:
         path = f"{self.path}/{name}"
         self.store.objects.put(path, data)
         size, digest = digest_object(self.store.objects, path)
-        if (size, digest) != (len(data), blake3(data).hexdigest()):
+        if (size, digest) != (len(data), xxh3_128_hexdigest(data)):
             raise DataDamage(
-                f"shard {self.shard!r}: object {path!r} read back with {size} bytes, blake3 {digest}"
+                f"shard {self.shard!r}: object {path!r} read back with {size} bytes, xxh3_128 {digest}"
             )
-        return ObjectDigest(path=name, size=size, blake3=digest)
+        return ObjectDigest(path=name, size=size, xxh3_128=digest)
 
     def _measure(self, output: TeacherOutput, packed: PackedFeatures, first: int) -> None:
         stored = packed.restored()

@@ -28,7 +28,7 @@ from zarr.storage import MemoryStore
 
 from storage_schemas.features import Moments
 from storage_schemas.manifest import TeacherSpec
-from storage_schemas.objects import Bytes, Objects
+from storage_schemas.objects import Bytes
 
 SHARD_BYTES = 192 << 20
 CRC_BYTES, CHECKSUM_BYTES = 4, 8
@@ -129,22 +129,9 @@ def row_checksum(values: Any) -> int:
     return xxh3_64_intdigest(values)
 
 
-def crc32c(data: Any, before: int = 0) -> int:
-    """CRC-32C of a contiguous buffer, or of it behind bytes whose CRC-32C is known."""
-    return int(checksums.crc32c(data, before))
-
-
-def join_crc32c(first: int, second: int, second_bytes: int) -> int:
-    """CRC-32C of two buffers together from those of each, without a look at the bytes."""
-    return int(checksums.combine_crc32c(first, second, second_bytes))
-
-
-def checksum_object(objects: Objects, path: str) -> tuple[int, int]:
-    """(size, CRC-32C) of an object as it reads back; FileNotFoundError if there is none."""
-    size, checksum = 0, 0
-    for piece in objects.stream(path):
-        size, checksum = size + len(piece), crc32c(piece, checksum)
-    return size, checksum
+def crc32c(data: Any) -> int:
+    """CRC-32C of a contiguous buffer."""
+    return int(checksums.crc32c(data))
 
 
 def shard_index(array: RowArray, shard: int) -> Bytes:

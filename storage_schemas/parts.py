@@ -210,9 +210,9 @@ def _compare(part: Part, entry: ObjectDigest) -> str | None:
         size, digest = digest_object(part.objects, path)
     except FileNotFoundError:
         return f"object {path!r} is missing"
-    if (size, digest) == (entry.size, entry.blake3):
+    if (size, digest) == (entry.size, entry.xxh3_128):
         return None
-    return f"object {path!r} has {size} bytes, blake3 {digest}; committed {entry.size}, {entry.blake3}"
+    return f"object {path!r} has {size} bytes, xxh3_128 {digest}; committed {entry.size}, {entry.xxh3_128}"
 
 
 def _find_row_damage(part: Part) -> list[str]:

@@ -67,7 +67,7 @@ def test_a_tampered_field_is_found(tmp_path: Path, field: str) -> None:
     assert all("shard 'a'" in line or PATH in line for line in found)
 
 
-@pytest.mark.parametrize("change", ["blake3", "size", "path", "gone"])
+@pytest.mark.parametrize("change", ["xxh3_128", "size", "path", "gone"])
 def test_every_tampered_object_entry_is_found(tmp_path: Path, change: str) -> None:
     store = make_store(tmp_path)
     commit = write_part(store, make_spec(), random_output(make_spec(), 3))
@@ -76,7 +76,7 @@ def test_every_tampered_object_entry_is_found(tmp_path: Path, change: str) -> No
         if change == "gone":
             del content["objects"][number]
         else:
-            new = {"blake3": flipped(entry.blake3), "size": entry.size + 1, "path": "no/such"}[change]
+            new = {"xxh3_128": flipped(entry.xxh3_128), "size": entry.size + 1, "path": "no/such"}[change]
             content["objects"][number][change] = new
         (tmp_path / PATH).write_bytes(canonical_json(content))
         assert any(entry.path in line for line in store.verify("fake", "a"))
@@ -98,11 +98,11 @@ def test_every_tampered_object_entry_is_found(tmp_path: Path, change: str) -> No
         ("invalid_rows", [1, 1]),
         ("invalid_rows", [1, 0]),
         ("fingerprint", "x"),
-        ("objects", [{"path": "../../x", "size": 1, "blake3": "0" * 64}]),
-        ("objects", [{"path": "/etc/passwd", "size": 1, "blake3": "0" * 64}]),
-        ("objects", [{"path": "summary//c", "size": 1, "blake3": "0" * 64}]),
-        ("objects", [{"path": "summary/./c", "size": 1, "blake3": "0" * 64}]),
-        ("objects", [{"path": "zarr.json", "size": -1, "blake3": "0" * 64}]),
+        ("objects", [{"path": "../../x", "size": 1, "xxh3_128": "0" * 32}]),
+        ("objects", [{"path": "/etc/passwd", "size": 1, "xxh3_128": "0" * 32}]),
+        ("objects", [{"path": "summary//c", "size": 1, "xxh3_128": "0" * 32}]),
+        ("objects", [{"path": "summary/./c", "size": 1, "xxh3_128": "0" * 32}]),
+        ("objects", [{"path": "zarr.json", "size": -1, "xxh3_128": "0" * 32}]),
         ("source", {"url": "x", "size": -1, "sha256": "0" * 64}),
     ],
 )
