@@ -4,10 +4,11 @@
 
 Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory of
 batches that are done with, which the trainer's reader uses again, and so does every rival here; page cache
-warm from each rival's own first pass over the disk, as a trainer's is; every rival on as many threads as ours, each thread reading whole batches, as the reader does. Ours
-checks every row's XXH3, the rivals check nothing. Writing: the same rows through PartWriter (checksums, a
-digest of every object, fsync, read back, commit) beside `np.save` with fsync and without. Rivals take turns
-within a run; figures are medians over the runs and ratios are medians of the runs' own ratios.
+warm from each rival's own first pass over the disk, as a trainer's is; every rival on as many threads as
+ours, each thread reading whole batches, as the reader does. Ours checks every row's XXH3, the rivals check
+nothing. Writing: the same rows through PartWriter (checksums, a digest of every object, fsync, read back,
+commit) beside `np.save` with fsync and without. Rivals take turns within a run; figures are medians over the
+runs and ratios are medians of the runs' own ratios.
 """
 
 from __future__ import annotations
