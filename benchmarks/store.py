@@ -4,11 +4,11 @@
 
 Reading: batches of 32 rows of 256 × 1280 fp16 in the trainer's own order (block shuffle), into memory of
 batches that are done with, which the trainer's reader uses again, and so does every rival here; page cache
-warm from each rival's own first pass over the disk, as a trainer's is; every rival on as many threads as
-ours, each thread reading whole batches, as the reader does. Ours checks every row's XXH3, the rivals check
-nothing. Writing: the same rows through PartWriter (checksums, a digest of every object, fsync, read back,
-commit) beside `np.save` with fsync and without. Rivals take turns within a run; figures are medians over the
-runs and ratios are medians of the runs' own ratios.
+warm, as each file's writing left it; every rival on as many threads as ours, each thread reading whole
+batches, as the reader does. Ours checks every row's XXH3, the rivals check nothing. Writing: the same rows
+through PartWriter (checksums, a digest of every object, fsync, read back, commit) beside `np.save` with fsync
+and without. Rivals take turns within a run; figures are medians over the runs and ratios are medians of the
+runs' own ratios.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def _compare_reading(rows: Features, folder: Path, runs: int) -> None:
     np.save(folder / "rows.npy", rows)
     rows.tofile(folder / "rows.bin")
     _write_tar(rows, folder / "rows.tar")
-    _forget(folder)
     order = ViewOrder([len(rows)], seed=0)
     batches = [order.take(start, BATCH)[:, 1].tolist() for start in range(0, len(rows) - BATCH + 1, BATCH)]
     for threads in (1, 2):
@@ -261,16 +260,6 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _forget(folder: Path) -> None:
-    """Drop the files from the page cache, where they lie in the pieces that they were written in."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def _discard(folder: Path) -> None:
