@@ -11,8 +11,8 @@ from pydantic import Field, FiniteFloat, field_validator
 
 from storage_schemas.errors import UserError
 from storage_schemas.manifest import TEACHER_NAME, Frozen, Positive
-from storage_schemas.objects import expand_shards
 from storage_schemas.recipe import DataConfig, StoreConfig, parse
+from storage_schemas.sources import expand_shards
 
 Share = Annotated[FiniteFloat, Field(ge=0)]
 

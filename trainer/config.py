@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from storage_schemas.errors import UserError
 from storage_schemas.manifest import Frozen, Positive
-from storage_schemas.objects import expand_shards
 from storage_schemas.recipe import DataConfig, StoreConfig, parse
+from storage_schemas.sources import expand_shards
 
 Resolution = Annotated[
     tuple[Positive, Positive],

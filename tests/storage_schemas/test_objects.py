@@ -15,10 +15,8 @@ from storage_schemas.errors import DataDamage, UserError
 from storage_schemas.objects import (
     Objects,
     RangeReader,
-    expand_shards,
     local_file,
     open_objects,
-    shard_name,
     split_url,
 )
 
@@ -115,47 +113,11 @@ def test_splitting_and_joining_urls() -> None:
     assert split_url("/b.tar") == ("/", "b.tar")
     assert split_url("file:///b.tar") == ("file:///", "b.tar")
     assert open_objects("file:///").root == Path("/")
-    assert shard_name("s3://bucket/a/b.c.tar") == "b.c"
-
-
-def test_shards_are_found_by_globs_and_braces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "my shards"
-    folder.mkdir()
-    for name in ("a-0.tar", "a-1.tar", "b-0.tar", "notes.txt", "a-1.tar.part"):
-        (folder / name).touch()
-    everything = expand_shards([f"{folder}/*.tar"])
-    assert list(everything) == ["a-0", "a-1", "b-0"]
-    assert expand_shards([f"{folder}/a-{{0..1}}.tar"]).keys() == {"a-0", "a-1"}
-    assert expand_shards([f"{folder}/{{a,b}}-0.tar"]).keys() == {"a-0", "b-0"}
-    assert expand_shards(["my shards/?-0.tar"]) == {n: f"my shards/{n}.tar" for n in ("a-0", "b-0")}
-    assert expand_shards([f"{folder}/*.tar", f"{folder}/a-0.tar"]) == everything
-    assert list(expand_shards([f"file://{tmp_path}/my%20shards/*.tar"])) == list(everything)
-
-
-def test_shards_that_cannot_be_are_refused_by_name(tmp_path: Path) -> None:
-    for name in ("x/a.tar", "y/a.tar", "y/b c.tar", "y/.tar", "y/c.zip"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    for pattern, reason in {
-        "x/*.zip": "does not name a .tar file",
-        "x/b.tar": "matches no tar",
-        "x/b*.tar": "matches no tar",
-        "z/*.tar": "is no folder",
-        "x/{a.tar": "unbalanced braces",
-        "y/b c.tar": "letters, digits",
-        "y/.tar": "letters, digits",
-        "{x,y}/a.tar": "have the same name 'a'",
-    }.items():
-        with pytest.raises(UserError, match=reason) as caught:
-            expand_shards([f"{tmp_path}/{pattern}"], "data.train")
-        assert str(caught.value).startswith("data.train: ")
 
 
 def test_a_remote_tar_has_a_local_copy_while_it_is_read() -> None:
     url = f"memory://tars-{next(_numbers)}"
     open_objects(url).put("a.tar", b"content")
-    assert expand_shards([f"{url}/*.tar"]) == {"a": f"{url}/a.tar"}
     with local_file(f"{url}/a.tar") as path:
         assert path.read_bytes() == b"content"
     assert not path.exists()
@@ -188,7 +150,6 @@ def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").write_bytes(b"x")
-    assert expand_shards(["~/in/*.tar"]) == {"a": "~/in/a.tar"}
     with local_file("~/in/a.tar") as path:
         assert path == tmp_path / "in" / "a.tar"
     open_objects("~/out", create=True).put("b", b"y")
