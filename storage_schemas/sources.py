@@ -1,4 +1,4 @@
-"""Source shards: the tars that a recipe names with globs and braces, and the names that a store has for them."""
+"""Source shards: tars that a recipe names with globs and braces, by the names that a store has for them."""
 
 from __future__ import annotations
 
