@@ -18,6 +18,15 @@ WriteTar = Callable[[Path, Iterable[Mapping[str, Any]]], Path]
 MakeJpeg = Callable[[int, int, int], bytes]
 
 
+# They start clusters, ranks and processes to kill, and take a third of the time: begun first, they are what
+# the others are done beside, and not what is waited for at the end.
+LONG = ("test_launchers.py", "test_ranks.py", "test_executors.py", "test_crashes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(2)
